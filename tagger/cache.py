@@ -1,0 +1,197 @@
+"""The cache: one small JSON record per text, which is the only record that the text is done.
+
+A record lies at `cache/<spec_id>/<key[:2]>/tag_<key>.json` and never holds the text.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from itertools import islice
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tagger.exceptions import InputError
+from tagger.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+RECORD_VERSION = 1
+
+SMALLEST_RECORD = 100
+"""Bytes. No valid record is smaller: a listed size below it is a truncated object and counts as missing."""
+
+STAND_IN_MODEL = "offline-stand-in"
+"""The model that the offline stand-in of the demo answers as. It is no LLM: no other spec accepts its records."""
+
+_THREADS = 16
+
+
+class Usage(BaseModel):
+    """Tokens of one or more calls. `cached_input` is the part of `input` that the endpoint had cached."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input: int = 0
+    cached_input: int = 0
+    output: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            input=self.input + other.input,
+            cached_input=self.cached_input + other.cached_input,
+            output=self.output + other.output,
+        )
+
+
+class Record(BaseModel):
+    """One text's answer. `usage` and `cost_usd` cover all calls that led to it; a cost of None is unknown."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = RECORD_VERSION
+    status: Literal["tagged", "refused"]
+    reason: str | None = None
+    tags: list[str]
+    model: str
+    usage: Usage
+    cost_usd: float | None
+    finish_reason: str
+    asked: Literal["online", "batch"] = "online"
+    created_at: datetime
+
+    def to_bytes(self) -> bytes:
+        """Return the object's body."""
+        return self.model_dump_json().encode()
+
+
+class DamagedRecord(Exception):
+    """An object in the cache is no record."""
+
+
+def parse_record(body: bytes, model: str) -> Record:
+    """Return the record in an object's body, for a spec that names `model`.
+
+    Raises:
+        DamagedRecord: it is truncated or something else, or was answered by the offline stand-in for a real model.
+        InputError: it was written by a newer version of tagger.
+    """
+    try:
+        fields = json.loads(body)
+        version = fields["version"]
+    except (ValueError, KeyError, TypeError):
+        raise DamagedRecord from None
+    if isinstance(version, int) and version > RECORD_VERSION:
+        raise InputError(
+            f"the cache holds records of version {version}, this tagger reads up to {RECORD_VERSION}: upgrade it"
+        )
+    try:
+        record = Record.model_validate(fields)
+    except ValidationError:
+        raise DamagedRecord from None
+    if record.model == STAND_IN_MODEL != model:
+        raise DamagedRecord
+    return record
+
+
+class Cache:
+    """The records of one spec. Its methods may be called from many threads.
+
+    `complete` and `known_missing` answer from memory; only `find`, `read` and `write` ask S3.
+    """
+
+    def __init__(self, storage: Storage, spec: str, model: str) -> None:
+        self.spec = spec
+        self._storage = storage
+        self._model = model
+        self._prefix = f"cache/{spec}/"
+        self._complete: set[str] = set()
+        self._lock = threading.Lock()
+
+    def path(self, key: str) -> str:
+        """Return the path of a key's object below the storage."""
+        return f"{self._prefix}{key[:2]}/tag_{key}.json"
+
+    def complete(self, key: str) -> bool:
+        """Return whether `find`, `read` or `write` saw a record for the key; no request is made."""
+        return key in self._complete
+
+    def find(self, keys: Iterable[str]) -> set[str]:
+        """Return which of the keys have a record, with as few requests as that takes.
+
+        One listing of the spec's prefix costs a request per 1,000 records, asking for each key one per key. How many
+        records there are is estimated from one of the 256 second-level prefixes, for keys are hashes.
+        """
+        wanted = set(keys)
+        if not wanted:
+            return set()
+        sample = sum(1 for _ in islice(self._storage.list(f"{self._prefix}00/"), 1000 * len(wanted)))
+        with ThreadPoolExecutor(_THREADS) as threads:
+            if 16 + sample * 256 / 1000 < len(wanted):
+                parts = threads.map(self._listed, (f"{self._prefix}{digit}" for digit in "0123456789abcdef"))
+                found = set().union(*(part & wanted for part in parts))
+            else:
+                ordered = list(wanted)
+                found = {key for key, there in zip(ordered, threads.map(self._is_there, ordered), strict=True) if there}
+        with self._lock:
+            self._complete |= found
+        return found
+
+    def _listed(self, prefix: str) -> set[str]:
+        return {
+            path[-37:-5]
+            for path, size in self._storage.list(prefix)
+            if size >= SMALLEST_RECORD and path.endswith(".json")
+        }
+
+    def _is_there(self, key: str) -> bool:
+        size = self._storage.size(self.path(key))
+        return size is not None and size >= SMALLEST_RECORD
+
+    def read(self, key: str) -> Record | None:
+        """Return a key's record, or None where there is none.
+
+        A damaged one is deleted and warned about, so that the next run tags its text again.
+
+        Raises:
+            InputError: the record is of a newer version.
+        """
+        body = self._storage.get(self.path(key))
+        if body is None:
+            return None
+        try:
+            record = parse_record(body, self._model)
+        except DamagedRecord:
+            logger.warning("damaged cache record deleted: %s", self.path(key))
+            self.remove(key)
+            return None
+        self._complete.add(key)
+        return record
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, Record]:
+        """Return the records of those keys that have one."""
+        ordered = list(keys)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            records = threads.map(self.read, ordered)
+            return {key: record for key, record in zip(ordered, records, strict=True) if record is not None}
+
+    def write(self, key: str, record: Record) -> None:
+        """Write a key's record, once and whole."""
+        self._storage.put(self.path(key), record.to_bytes())
+        self._complete.add(key)
+
+    def remove(self, key: str) -> None:
+        """Delete a key's record: its text is paid for again."""
+        self._storage.delete(self.path(key))
+        self._complete.discard(key)
+
+    def mean_cost(self, sample: int = 20) -> float | None:
+        """Return the mean cost of a record of this spec in USD, from `sample` records; None where it is unknown."""
+        paths = [path for path, size in islice(self._storage.list(self._prefix), 1000) if size >= SMALLEST_RECORD]
+        step = max(1, len(paths) // sample)
+        records = self.read_many(path[-37:-5] for path in paths[::step][:sample])
+        costs = [record.cost_usd for record in records.values() if record.cost_usd is not None]
+        return sum(costs) / len(costs) if costs else None

@@ -1,0 +1,65 @@
+"""`tagger check`: would a run of this dataset work? Nothing is asked that costs money."""
+
+from collections.abc import Iterator
+
+import openai
+
+from tagger.connections import Connections, database, openai_client
+from tagger.dataset import Dataset
+from tagger.exceptions import InputError, Unreachable
+from tagger.plan import not_in_force
+from tagger.price import price_of
+from tagger.snapshot import SourceTable
+from tagger.spec import spec_id
+from tagger.storage import Storage
+from tagger.tables import connecting, existing_target, new_target
+
+
+def check(dataset: Dataset, connections: Connections, *, create: bool = False) -> Iterator[str]:
+    """Yield a line for each thing that is in order; with `create`, make the target table and the bucket.
+
+    Raises:
+        InputError: the first thing that is not.
+    """
+    yield f"spec {spec_id(dataset)}, {len(dataset.tags)} tags, {dataset.llm.model}"
+    source = dataset.source
+    with connecting(database(source.conn_id, connections), source.conn_id) as connection:
+        ids = SourceTable(connection, dataset).id_type
+    yield f"source {source.table}: there, its ids are {ids}"
+    with connecting(database(dataset.target_conn_id, connections), dataset.target_conn_id) as connection:
+        if existing_target(connection, dataset.target.table, ids) is not None:
+            yield f"target {dataset.target.table}: there"
+        elif create:
+            new_target(dataset.target.table, ids).create(connection)
+            connection.commit()
+            yield f"target {dataset.target.table}: made"
+        else:
+            yield f"target {dataset.target.table}: missing; the first run makes it, or `--create`"
+    made = Storage.connect(dataset.storage, dataset.storage_conn_id, connections).check(create=create)
+    yield f"storage {dataset.storage}: {'made' if made else 'there'}"
+    yield _check_llm(dataset, connections)
+    price = price_of(dataset.llm)
+    if price is None:
+        yield f"price of {dataset.llm.model}: not known, so costs are not counted; `llm.price` sets it"
+    else:
+        yield f"price of {dataset.llm.model}: ${price.input:g} in, ${price.output:g} out per million tokens"
+    if dataset.lock is None:
+        yield "without `lock`, runs of two datasets with one spec, or of two machines, may pay for a text twice"
+    yield from not_in_force(dataset)
+
+
+def _check_llm(dataset: Dataset, connections: Connections) -> str:
+    """Ask for the list of models, which is free; servers without one are taken at their word."""
+    client = openai_client(dataset.llm.conn_id, connections)
+    endpoint = f"LLM endpoint {client.base_url}"
+    try:
+        known = {model.id for model in client.models.list()}
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
+        raise InputError(f"{endpoint} refuses the API key (HTTP {e.status_code})") from None
+    except openai.APIConnectionError as e:
+        raise Unreachable(f"{endpoint} does not answer ({type(e.__cause__ or e).__name__})") from None
+    except openai.OpenAIError:
+        return f"{endpoint}: answers, but lists no models"
+    if known and dataset.llm.model not in known:
+        raise InputError(f"{endpoint} has no model `{dataset.llm.model}`: see `llm.model`")
+    return f"{endpoint}: answers, and has {dataset.llm.model}"

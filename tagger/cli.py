@@ -1,0 +1,218 @@
+"""The console script `tagger`: the steps of a run by hand, with the same functions that the DAG calls."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tagger import __version__
+from tagger.connections import Connections, connections_from_env
+from tagger.dataset import Dataset, dataset_files, datasets_folder, find_dataset, load_dataset
+from tagger.exceptions import InputError, TaggerError
+
+DESCRIPTION = """Tag the new and changed texts of a table with an LLM, and pay for each text once.
+
+DATASET is a name under dags/datasets (or $TAGGER_DATASETS) or a path to a YAML file.
+Exit code: 0 done; 1 the work failed or the budget was reached; 2 wrong input, or something is unreachable."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the console script; return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("tagger").setLevel(logging.INFO)
+    command: Callable[[argparse.Namespace, Connections], None] = options.command
+    try:
+        command(options, connections_from_env)
+    except TaggerError as e:
+        print(f"tagger: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("tagger: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "tagger", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"tagger {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[..., None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=command)
+        return sub
+
+    check = add("check", _check, "validate dataset files and connections")
+    check.add_argument("dataset", nargs="*", metavar="DATASET", help="default: all of the folder")
+    check.add_argument("--create", action="store_true", help="make the target table and the bucket if they are missing")
+    snapshot = add("snapshot", _snapshot, "take today's rows out of the source")
+    plan = add("plan", _plan, "find out which texts are new, and write the shards")
+    tag = add("tag", _tag, "tag the new texts of one shard, or of all")
+    tag.add_argument("--shard", type=int, metavar="K")
+    load = add("load", _load, "write the tags into the target table")
+    run = add("run", _run, "all steps in this process")
+    report = add("report", _report, "sum a run up; without a run id: show the latest")
+    for sub in (snapshot, plan, tag, load, run):
+        sub.add_argument("dataset", metavar="DATASET")
+        sub.add_argument("--run-id", metavar="ID", required=sub is not run)
+    report.add_argument("dataset", nargs="?", metavar="DATASET", help="default: all of the folder")
+    report.add_argument("--run-id", metavar="ID")
+    for sub in (snapshot, run):
+        rows = sub.add_mutually_exclusive_group()
+        rows.add_argument("--day", type=_day, metavar="YYYY-MM-DD", help="the rows changed on this day")
+        rows.add_argument("--all", action="store_true", dest="all_rows", help="all rows")
+    for sub in (run, report):
+        sub.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
+    return parser
+
+
+def _day(value: str) -> date:
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no date such as 2026-11-30") from None
+
+
+def _dataset(options: argparse.Namespace) -> Dataset:
+    return load_dataset(find_dataset(options.dataset))
+
+
+def _paths(names: list[str]) -> list[Path]:
+    paths = [find_dataset(name) for name in names] if names else dataset_files(datasets_folder())
+    if not paths:
+        raise InputError(f"no dataset files in {datasets_folder()}; $TAGGER_DATASETS names another folder")
+    return paths
+
+
+def _open(options: argparse.Namespace, connections: Connections) -> Any:
+    from tagger.runs import open_run
+
+    dataset = _dataset(options)
+    return open_run(dataset, options.run_id, connections, max_connections=dataset.llm.concurrency + 16)
+
+
+def _check(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.check import check
+
+    failed: TaggerError | None = None
+    for path in _paths(options.dataset):
+        try:
+            for line in check(load_dataset(path), connections, create=options.create):
+                print(f"{path.stem}: {line}")
+        except TaggerError as e:
+            print(f"tagger: {e}", file=sys.stderr)
+            failed = e
+    if failed is not None:
+        raise (
+            type(failed)("some datasets are not ready")
+            if type(failed) is InputError
+            else InputError("some datasets are not ready")
+        )
+
+
+def _snapshot(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.runs import open_run, utc_now
+    from tagger.snapshot import snapshot
+    from tagger.window import select_rows
+
+    dataset = _dataset(options)
+    selection = select_rows(dataset, end=utc_now(), day=options.day, all_rows=options.all_rows)
+    snapshot(dataset, open_run(dataset, options.run_id, connections), selection, connections)
+
+
+def _plan(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.plan import plan
+
+    plan(_open(options, connections), connections)
+
+
+def _tag(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.tag import tag
+
+    run = _open(options, connections)
+    shards = [options.shard] if options.shard is not None else [shard.shard for shard in run.plan().shards]
+    for number in shards:
+        tag(run, number, connections)
+
+
+def _load(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.load import load_back
+
+    load_back(_open(options, connections), connections)
+
+
+def _run(options: argparse.Namespace, connections: Connections) -> None:
+    """Go through all steps. Like the DAG, load and report what was tagged even where a shard broke."""
+    from tagger.load import load_back
+    from tagger.plan import plan
+    from tagger.report import report
+    from tagger.runs import utc_now
+    from tagger.tag import tag
+
+    options.run_id = options.run_id or f"cli__{utc_now().isoformat()}"
+    _snapshot(options, connections)
+    run = _open(options, connections)
+    planned = plan(run, connections)
+    broken: TaggerError | None = None
+    for shard in planned.shards:
+        try:
+            tag(run, shard.shard, connections)
+        except TaggerError as e:
+            broken = broken or e
+            break
+    try:
+        load_back(run, connections)
+    except TaggerError as e:
+        broken = broken or e
+    try:
+        report(run)
+    except TaggerError as e:
+        broken = broken or e
+    if options.json:
+        _print_summary(run)
+    if broken is not None:
+        raise broken
+
+
+def _print_summary(run: Any) -> None:
+    from tagger.report import Summary
+
+    summary = run.read("summary.json", Summary)
+    if summary is not None:
+        print(summary.model_dump_json())
+
+
+def _report(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.report import describe, report, summaries
+    from tagger.storage import Storage
+
+    if options.run_id is not None:
+        if options.dataset is None:
+            raise InputError("`--run-id` needs a DATASET")
+        run = _open(options, connections)
+        try:
+            report(run)
+        finally:
+            if options.json:
+                _print_summary(run)
+        return
+    for path in _paths([options.dataset] if options.dataset else []):
+        dataset = load_dataset(path)
+        storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections)
+        found = summaries(storage, dataset.dataset)
+        if not found:
+            print(f"{dataset.dataset}: no run yet", file=sys.stderr)
+        elif options.json:
+            print(found[-1].model_dump_json())
+        else:
+            print("\n".join(describe(found[-1])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

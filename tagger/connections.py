@@ -1,0 +1,233 @@
+"""Connections: Airflow's, read as its providers read them, and the clients made from them.
+
+Outside Airflow the same `AIRFLOW_CONN_<ID>` variables serve (URI or JSON); where no such connection is set,
+`OPENAI_API_KEY`/`OPENAI_BASE_URL` and the AWS SDK's own chain do.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tagger.exceptions import InputError, Unreachable
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+    from mypy_boto3_s3 import S3Client
+    from openai import OpenAI
+
+LIBPQ_PARAMETERS: tuple[str, ...] = (
+    "application_name",
+    "channel_binding",
+    "connect_timeout",
+    "gssencmode",
+    "options",
+    "sslcert",
+)
+LIBPQ_PARAMETERS += ("sslcrl", "sslkey", "sslmode", "sslpassword", "sslrootcert", "target_session_attrs")
+"""Keys of a PostgreSQL connection's extra that libpq takes; Airflow's own (cursor, iam, …) are not passed on."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An Airflow connection. Its secrets are in no repr."""
+
+    conn_id: str
+    conn_type: str
+    host: str | None = None
+    port: int | None = None
+    login: str | None = None
+    password: str | None = field(default=None, repr=False)
+    schema: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+Connections = Callable[[str], Connection | None]
+"""Looks a connection up by its id; None where there is none."""
+
+
+def connections_from_env(conn_id: str) -> Connection | None:
+    """Read a connection from `AIRFLOW_CONN_<ID>`, a URI or JSON as in Airflow.
+
+    Raises:
+        InputError: the variable is set, but is neither.
+    """
+    name = f"AIRFLOW_CONN_{conn_id.upper()}"
+    value = os.environ.get(name)
+    if not value:
+        return None
+    try:
+        return _from_json(conn_id, value) if value.lstrip().startswith("{") else _from_uri(conn_id, value)
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(f"${name} is neither an Airflow connection URI nor its JSON form") from None
+
+
+def _from_json(conn_id: str, value: str) -> Connection:
+    fields = json.loads(value)
+    extra = fields.get("extra") or {}
+    if isinstance(extra, str):
+        extra = json.loads(extra)
+    return Connection(
+        conn_id,
+        _conn_type(fields["conn_type"]) if "conn_type" in fields else "generic",
+        fields.get("host"),
+        int(fields["port"]) if fields.get("port") else None,
+        fields.get("login"),
+        fields.get("password"),
+        fields.get("schema"),
+        dict(extra),
+    )
+
+
+def _from_uri(conn_id: str, value: str) -> Connection:
+    scheme, rest = value.split("://", 1)
+    # conn_type://https://host/… keeps the inner scheme in the host, as Airflow does for HTTP endpoints
+    inner = rest.split("://", 1)[0] if "://" in rest.split("?", 1)[0] else None
+    parts = urlsplit(rest if inner else f"//{rest}")
+    host = unquote(parts.netloc.rsplit("@", 1)[-1])
+    if parts.port is not None:
+        host = host.rsplit(":", 1)[0]
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    extra = json.loads(query["__extra__"]) if "__extra__" in query else query
+    return Connection(
+        conn_id,
+        _conn_type(scheme),
+        f"{inner}://{host}" if inner and host else host or None,
+        parts.port,
+        unquote(parts.username) if parts.username else None,
+        unquote(parts.password) if parts.password else None,
+        unquote(parts.path[1:]) or None,
+        extra,
+    )
+
+
+def _conn_type(name: str) -> str:
+    return "postgres" if name == "postgresql" else name.replace("-", "_")
+
+
+def database(conn_id: str, connections: Connections) -> "sa.Engine":
+    """Return an engine for a database connection. Nothing is connected yet, and no error shows a row's values.
+
+    Raises:
+        InputError: no such connection, a type that is not supported, or an SQLite file that does not exist.
+    """
+    import sqlalchemy as sa
+
+    connection = connections(conn_id)
+    if connection is None:
+        raise InputError(f"no connection `{conn_id}`: define it in Airflow or set $AIRFLOW_CONN_{conn_id.upper()}")
+    return sa.create_engine(
+        _database_url(connection),
+        hide_parameters=True,
+        poolclass=sa.NullPool,
+        json_serializer=lambda value: json.dumps(value, ensure_ascii=False),
+    )
+
+
+def _database_url(connection: Connection) -> "sa.URL":
+    import sqlalchemy as sa
+
+    if connection.conn_type == "sqlite":
+        path = Path(connection.host or "/" + (connection.schema or "").lstrip("/"))
+        if not path.is_file():
+            raise InputError(f"connection `{connection.conn_id}`: no SQLite file {path}")
+        return sa.URL.create("sqlite", database=f"file:{path}", query={"mode": "rw", "uri": "true"})
+    if connection.conn_type == "postgres":
+        query = {k: str(v) for k, v in connection.extra.items() if k in LIBPQ_PARAMETERS}
+        return sa.URL.create(
+            "postgresql+psycopg",
+            connection.login,
+            connection.password,
+            connection.host,
+            connection.port,
+            connection.schema,
+            {"connect_timeout": "15", **query},
+        )
+    raise InputError(
+        f"connection `{connection.conn_id}`: type `{connection.conn_type}` is not supported (sqlite and postgres are)"
+    )
+
+
+def unreachable_database(conn_id: str, error: Exception) -> Unreachable:
+    """Return the error for a database that does not answer, without the statement and its values."""
+    cause = getattr(error, "orig", None) or error
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}")
+
+
+def s3_client(conn_id: str, connections: Connections, *, max_connections: int = 64) -> "S3Client":
+    """Return an S3 client for an Airflow `aws` connection, or for the AWS SDK's own chain where there is none.
+
+    Read of the connection: login and password (the key pair), and from its extra `aws_session_token`, `region_name`,
+    `profile_name`, `endpoint_url` and `service_config.s3.endpoint_url`.
+
+    Raises:
+        InputError: the connection asks for something else, such as a role.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    connection = connections(conn_id)
+    extra = connection.extra if connection else {}
+    for unsupported in ("role_arn", "assume_role_method"):
+        if extra.get(unsupported):
+            raise InputError(
+                f"connection `{conn_id}`: `{unsupported}` is not supported; give the worker the role, or use a profile"
+            )
+    endpoint = extra.get("service_config", {}).get("s3", {}).get("endpoint_url") or extra.get("endpoint_url")
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=max_connections,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"mode": "standard", "max_attempts": 6},
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    try:
+        session = boto3.Session(
+            aws_access_key_id=(connection.login or None) if connection else None,
+            aws_secret_access_key=(connection.password or None) if connection else None,
+            aws_session_token=extra.get("aws_session_token"),
+            region_name=extra.get("region_name"),
+            profile_name=extra.get("profile_name"),
+        )
+        region = session.region_name or "us-east-1"
+        return session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
+    except (BotoCoreError, ValueError) as e:
+        raise InputError(f"connection `{conn_id}`: {e}") from None
+
+
+def openai_client(conn_id: str, connections: Connections) -> "OpenAI":
+    """Return an OpenAI client for an Airflow `openai` connection, or for `OPENAI_*` where there is none.
+
+    The client does not retry: `tagger.llm` owns the retries.
+
+    Raises:
+        InputError: there is neither a connection nor `OPENAI_API_KEY`.
+    """
+    import httpx
+    from openai import OpenAI, OpenAIError
+
+    connection = connections(conn_id)
+    options: dict[str, Any] = {}
+    if connection is not None:
+        options = dict(connection.extra.get("openai_client_kwargs", {}))
+        options.setdefault("base_url", connection.host or None)
+        options.setdefault("api_key", connection.password or None)
+    options["max_retries"] = 0
+    options.setdefault("timeout", httpx.Timeout(120, connect=10))
+    options["http_client"] = httpx.Client(
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), timeout=options["timeout"]
+    )
+    try:
+        return OpenAI(**options)
+    except OpenAIError:
+        raise InputError(
+            f"no API key: neither connection `{conn_id}` (password = key, host = base URL) nor $OPENAI_API_KEY is set"
+        ) from None

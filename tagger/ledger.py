@@ -1,0 +1,238 @@
+"""What one attempt at a shard did and spent, kept in its shard file.
+
+`runs/<dataset>/<run_id>/shard-<k>-<attempt>.parquet` holds a row per text that was asked: its key and row id, the
+outcome, the usage of all its calls, never the text. It is written again every few seconds, so that the money of a
+killed attempt is still counted. No attempt replaces another's file.
+"""
+
+import io
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tagger.cache import Record, Usage
+from tagger.dataset import Price
+from tagger.exceptions import StorageError
+from tagger.price import cost_usd
+from tagger.runs import Run, utc_now
+
+FLUSH_SECONDS = 5.0
+"""The design asks for at most 10; a write may take some of it."""
+
+OutcomeStatus = Literal["asked", "tagged", "refused", "failed"]
+
+_TIME = pa.timestamp("us", tz="UTC")
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("row_id", pa.string()),
+        ("status", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("model", pa.string()),
+        ("kind", pa.string()),
+        ("error", pa.string()),
+        ("requests", pa.int64()),
+        ("input_tokens", pa.int64()),
+        ("cached_input_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+        ("cost_usd", pa.float64()),
+        ("answered_at", _TIME),
+    ]
+)
+
+
+@dataclass
+class Outcome:
+    """One text's row. `asked` means that calls were made and no outcome is known, as when the worker was killed."""
+
+    key: str
+    row_id: str
+    status: OutcomeStatus = "asked"
+    tags: list[str] | None = None
+    model: str | None = None
+    kind: str | None = None
+    error: str | None = None
+    requests: int = 0
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float | None = 0.0
+    answered_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a shard, as its file tells. An attempt that was killed stays `running`."""
+
+    shard: int
+    attempt: int
+    plan_id: str
+    state: Literal["running", "done", "broken"]
+    reason: str | None
+    started_at: datetime
+    ended_at: datetime
+    outcomes: list[Outcome]
+
+
+class Ledger:
+    """The books of one attempt. Its methods may be called from many threads.
+
+    Used as a context manager: the file is opened under a number of its own, kept up to date, and closed as `done`, or
+    as `broken` with the reason if the block raises.
+    """
+
+    def __init__(self, run: Run, plan_id: str, shard: int, price: Price | None) -> None:
+        self._run = run
+        self._plan_id = plan_id
+        self._shard = shard
+        self._price = price
+        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._outcomes: dict[str, Outcome] = {}
+        self._usage: dict[str, Usage] = {}
+        self._started_at = utc_now()
+        self.spent_usd = 0.0
+        """Cost of the attempt so far; unknown costs count as nothing."""
+        self._closing = threading.Event()
+        self._flusher = threading.Thread(target=self._flush_on, name="ledger", daemon=True)
+        self._path = ""
+
+    def __enter__(self) -> Self:
+        attempt = 1 + max((a for a, _ in attempt_files(self._run, self._shard)), default=0)
+        while not self._run.storage.create(path := _path(self._run, self._shard, attempt), self._body("running", None)):
+            attempt += 1
+        self._path = path
+        self._flusher.start()
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        self._closing.set()
+        self._flusher.join()
+        if error is None:
+            self._write("done", None)
+        else:
+            self._write("broken", str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+    def spend(self, key: str, row_id: str, usage: Usage) -> None:
+        """Count one HTTP request for a text."""
+        with self._lock:
+            outcome = self._outcomes.setdefault(key, Outcome(key, row_id))
+            total = self._usage.get(key, Usage()) + usage
+            self._usage[key] = total
+            outcome.requests += 1
+            outcome.input_tokens = total.input
+            outcome.cached_input_tokens = total.cached_input
+            outcome.output_tokens = total.output
+            outcome.cost_usd = cost_usd(total, self._price)
+            self.spent_usd += cost_usd(usage, self._price) or 0.0
+
+    def spent_on(self, key: str) -> tuple[Usage, float | None]:
+        """Return what a text has used and cost so far."""
+        usage = self._usage.get(key, Usage())
+        return usage, cost_usd(usage, self._price)
+
+    def record(self, key: str, row_id: str, record: Record) -> None:
+        """Note a text's record."""
+        with self._lock:
+            outcome = self._outcomes.setdefault(key, Outcome(key, row_id))
+            outcome.status, outcome.kind, outcome.tags = record.status, record.reason, list(record.tags)
+            outcome.model, outcome.answered_at = record.model, record.created_at
+
+    def failed(self, key: str, row_id: str, kind: str, error: str) -> None:
+        """Note that a text got no answer."""
+        with self._lock:
+            outcome = self._outcomes.setdefault(key, Outcome(key, row_id))
+            outcome.status, outcome.kind, outcome.error = "failed", kind, error
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of texts by status."""
+        with self._lock:
+            counts: dict[str, int] = {}
+            for outcome in self._outcomes.values():
+                counts[outcome.status] = counts.get(outcome.status, 0) + 1
+            return counts
+
+    def _flush_on(self) -> None:
+        while not self._closing.wait(FLUSH_SECONDS):
+            try:
+                self._write("running", None)
+            except Exception:  # S3 may be away for a while; the last write, in the main thread, tells
+                continue
+
+    def _write(self, state: str, reason: str | None) -> None:
+        with self._write_lock:
+            self._run.storage.put(self._path, self._body(state, reason))
+
+    def _body(self, state: str, reason: str | None) -> bytes:
+        with self._lock:
+            rows = [asdict(outcome) for outcome in self._outcomes.values()]
+        about = {
+            "plan_id": self._plan_id,
+            "state": state,
+            "reason": reason,
+            "started_at": self._started_at.isoformat(),
+            "ended_at": utc_now().isoformat(),
+        }
+        schema = SCHEMA.with_metadata({"tagger": json.dumps(about)})
+        body = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), body, compression="zstd")
+        return body.getvalue()
+
+
+def _path(run: Run, shard: int, attempt: int) -> str:
+    return f"{run.files}shard-{shard}-{attempt}.parquet"
+
+
+def attempt_files(run: Run, shard: int | None = None) -> Iterator[tuple[int, str]]:
+    """Yield number and path of the attempts at a shard, or at all of them."""
+    for path, _ in run.storage.list(f"{run.files}shard-{'' if shard is None else f'{shard}-'}"):
+        yield int(path.removesuffix(".parquet").rsplit("-", 1)[1]), path
+
+
+def read_attempts(run: Run, shard: int | None = None) -> list[Attempt]:
+    """Return the attempts at a shard, or at all of the run, oldest first.
+
+    Raises:
+        StorageError: a file is damaged.
+    """
+    return sorted((_read(run, path) for _, path in attempt_files(run, shard)), key=lambda a: (a.started_at, a.attempt))
+
+
+def _read(run: Run, path: str) -> Attempt:
+    body = run.storage.get(path) or b""
+    try:
+        table = pq.read_table(io.BytesIO(body))
+        about: dict[str, Any] = json.loads((table.schema.metadata or {})[b"tagger"])
+        shard, attempt = path.removesuffix(".parquet").rsplit("-", 2)[1:]
+        return Attempt(
+            shard=int(shard),
+            attempt=int(attempt),
+            plan_id=about["plan_id"],
+            state=about["state"],
+            reason=about["reason"],
+            started_at=datetime.fromisoformat(about["started_at"]),
+            ended_at=datetime.fromisoformat(about["ended_at"]),
+            outcomes=[Outcome(**row) for row in table.to_pylist()],
+        )
+    except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
+        raise StorageError(f"{run.storage.url}/{path}: damaged; delete it to go on without its counts") from None
+
+
+_RANK = {"tagged": 3, "refused": 3, "failed": 2, "asked": 1}
+
+
+def latest_outcomes(attempts: Iterable[Attempt]) -> dict[str, Outcome]:
+    """Return each text's outcome over all attempts: an answer counts more than a failure, later more than earlier."""
+    outcomes: dict[str, Outcome] = {}
+    for attempt in attempts:
+        for outcome in attempt.outcomes:
+            known = outcomes.get(outcome.key)
+            if known is None or _RANK[outcome.status] >= _RANK[known.status]:
+                outcomes[outcome.key] = outcome
+    return outcomes

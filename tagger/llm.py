@@ -1,0 +1,262 @@
+"""The LLM client: one text in, one answer out, over the chat completions API that most servers speak.
+
+It owns the retries of a call: the SDK's are off, and luigi and gokart do not repeat a task. A failure writes nothing,
+so that the next run asks again; an answer that would come back the same is recorded as refused.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import openai
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+
+from tagger.cache import STAND_IN_MODEL, Usage
+from tagger.dataset import Dataset
+from tagger.exceptions import LLMStopped, TextFailed
+from tagger.prompt import BadAnswer, messages, read_answer, response_format
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion
+
+TRIES = 6
+"""HTTP tries of one call, with waits of 1, 2, 4, 8 and 16 s on average unless the server says otherwise."""
+
+LONGEST_WAIT = 120.0
+"""Seconds. A server that wants a longer pause than this gets the text again in the next run."""
+
+ASKS = 3
+"""How often a text is asked until its answer has the right form."""
+
+SCHEMA_HINT = (
+    "set `llm.params: {response_format: {type: json_object}}` in the dataset file if the server knows no json_schema"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the LLM made of a text. `reason` tells why it was refused; then `tags` is empty."""
+
+    tags: list[str]
+    reason: str | None
+    model: str
+    finish_reason: str
+
+
+class Stopped(Exception):
+    """No further call is to be made; the text was not asked."""
+
+
+class _Again(Exception):
+    """The call may succeed later. Carries a TextFailed for the case that it does not."""
+
+    def __init__(self, failed: TextFailed, wait: float | None = None) -> None:
+        self.failed = failed
+        self.wait = wait
+
+
+class _Refusal(Exception):
+    """The endpoint will not answer this text, now or later. `args[0]` is the reason."""
+
+
+class Client:
+    """Asks the LLM of a dataset. Its methods may be called from many threads.
+
+    `spend` is called once for every HTTP request, with its usage (zero where the server told none), before the answer
+    is looked at: money is counted even where the answer is of no use.
+    """
+
+    def __init__(self, dataset: Dataset, client: openai.OpenAI) -> None:
+        self._dataset = dataset
+        self._client = client
+        self._format = dataset.llm.params.get("response_format", response_format(dataset))
+        self._params = {k: v for k, v in dataset.llm.params.items() if k != "response_format"}
+        self._stop = threading.Event()
+        self._answered = threading.Event()
+        self.stopped_by: LLMStopped | None = None
+
+    def stop(self) -> None:
+        """Make no further call; those in flight come to their end, and waiting ones give up."""
+        self._stop.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called or the endpoint refused to be asked on."""
+        return self._stop.is_set()
+
+    def ask(self, key: str, text: str, spend: Callable[[Usage], None]) -> Answer:
+        """Ask for the tags of a text.
+
+        Raises:
+            TextFailed: no usable answer came, after all tries.
+            LLMStopped: the endpoint refuses every call.
+            Stopped: `stop` was called before an answer came.
+        """
+        for ask in range(1, ASKS + 1):
+            try:
+                answer = self._read(self._complete(key, text, spend))
+            except _Refusal as e:
+                return Answer([], e.args[0], self._dataset.llm.model, "error")
+            except BadAnswer as e:
+                if ask == ASKS:
+                    raise TextFailed("bad_answer", f"{e.args[0]} (asked {ASKS} times)") from None
+                continue
+            if answer.reason != "length" or ask == ASKS:
+                return answer
+        raise AssertionError
+
+    def _read(self, completion: "ChatCompletion") -> Answer:
+        model = completion.model or self._dataset.llm.model
+        if model == STAND_IN_MODEL != self._dataset.llm.model:
+            raise self._refused(
+                f"the endpoint is the offline stand-in, which is no LLM, but `llm.model` is "
+                f"{self._dataset.llm.model!r}: nothing was recorded; set `llm.model: {STAND_IN_MODEL}` to play with it"
+            )
+        if not completion.choices:
+            raise BadAnswer("no choices")
+        choice = completion.choices[0]
+        finish: str = choice.finish_reason or "unknown"
+        reason = None
+        if choice.message.refusal or finish == "refusal":
+            reason = "refusal"
+        elif finish in ("length", "content_filter"):
+            reason = finish
+        tags = [] if reason else read_answer(self._dataset, choice.message.content)
+        return Answer(tags, reason, model, finish)
+
+    def _complete(self, key: str, text: str, spend: Callable[[Usage], None]) -> "ChatCompletion":
+        """Make one call, repeated while that is of use."""
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Again),
+            stop=stop_after_attempt(TRIES),
+            wait=_wait,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(self._try, key, text, spend)
+        except _Again as e:
+            kind, message = e.failed.kind, str(e.failed)
+        if kind == "connection" and not self._answered.is_set():
+            raise self._refused(f"{self._endpoint()} does not answer: {message}")
+        raise TextFailed(kind, message)
+
+    def _try(self, key: str, text: str, spend: Callable[[Usage], None]) -> "ChatCompletion":
+        if self._stop.is_set():
+            raise self.stopped_by or Stopped
+        try:
+            completion = self._client.chat.completions.create(
+                model=self._dataset.llm.model,
+                messages=messages(self._dataset, key, text),  # type: ignore[arg-type]
+                response_format=self._format,
+                **self._params,
+            )
+        except openai.APIStatusError as e:
+            spend(Usage())
+            raise self._error_of(e) from None
+        except openai.APITimeoutError:
+            spend(Usage())
+            raise _Again(TextFailed("timeout", "no answer in time")) from None
+        except openai.APIConnectionError as e:
+            spend(Usage())
+            cause = type(e.__cause__ or e).__name__
+            raise _Again(TextFailed("connection", f"the connection failed ({cause})")) from None
+        except (openai.APIResponseValidationError, ValueError, TypeError) as e:
+            # ValueError: a body that is no JSON, or a text that cannot be encoded; their messages quote both
+            spend(Usage())
+            raise TextFailed(
+                "bad_response", f"the server's answer is no chat completion ({type(e).__name__})"
+            ) from None
+        spend(_usage(completion))
+        self._answered.set()
+        return completion
+
+    def _error_of(self, error: openai.APIStatusError) -> Exception:
+        """Return what an HTTP error means for this text, or for all of them. The server's words are not kept."""
+        status, code, param = error.status_code, str(error.code or ""), str(error.param or "")
+        words = f"{code} {error.message}".lower()
+        if status in (401, 403):
+            return self._refused(f"{self._endpoint()} refuses the API key (HTTP {status}{_paren(code)})")
+        if status == 404:
+            return self._refused(
+                f"{self._endpoint()} does not know the model {self._dataset.llm.model!r} or has no chat completions "
+                f"(HTTP 404{_paren(code)})"
+            )
+        if status == 429 and ("insufficient_quota" in words or "billing" in words):
+            return self._refused(f"{self._endpoint()}: the account's quota is exhausted (HTTP 429{_paren(code)})")
+        if status in (408, 409, 429) or status >= 500:
+            kind = "rate_limited" if status == 429 else "server_error"
+            return _Again(TextFailed(kind, f"HTTP {status} after {TRIES} tries"), _retry_after(error))
+        if status in (400, 413, 422):
+            if "context_length" in words or "maximum context" in words or status == 413:
+                return _Refusal("context_length")
+            if "content_filter" in words or "content management policy" in words:
+                return _Refusal("content_filter")
+            if "response_format" in param or any(w in words for w in ("response_format", "json_schema", "schema")):
+                return self._refused(
+                    f"{self._endpoint()} does not take the answer's schema (HTTP {status}{_paren(code)}): {SCHEMA_HINT}"
+                )
+            if "model" in param or "model_not_found" in words:
+                return self._refused(
+                    f"{self._endpoint()} does not know the model {self._dataset.llm.model!r} (HTTP {status})"
+                )
+            if "unsupported" in code or "unknown_parameter" in code or param in self._params:
+                return self._refused(
+                    f"{self._endpoint()} does not take the request parameter `{param}` (HTTP {status}{_paren(code)}): "
+                    "see `llm.params` in the dataset file"
+                )
+        return TextFailed("rejected", f"HTTP {status}{_paren(code)}")
+
+    def _refused(self, message: str) -> LLMStopped:
+        if self.stopped_by is None:
+            self.stopped_by = LLMStopped(message, at_start=not self._answered.is_set())
+        self._stop.set()
+        return self.stopped_by
+
+    def _endpoint(self) -> str:
+        return f"LLM endpoint {self._client.base_url.copy_with(userinfo=b'', query=None)}"
+
+    def _sleep(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    wanted = error.wait if isinstance(error, _Again) else None
+    if wanted is not None and wanted > LONGEST_WAIT and isinstance(error, _Again):
+        raise TextFailed(error.failed.kind, f"the server asks for a pause of {wanted:.0f} s")
+    backoff = 2.0 ** (state.attempt_number - 1)
+    return max(wanted or 0.0, backoff if wanted is None else 0.0) * random.uniform(1.0, 1.25) + random.uniform(0, 0.1)
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Return the seconds of a `Retry-After` header, given as seconds or as a date."""
+    from email.utils import parsedate_to_datetime
+    from time import time
+
+    value = error.response.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def _usage(completion: "ChatCompletion") -> Usage:
+    usage = completion.usage
+    if usage is None:
+        return Usage()
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details else 0
+    return Usage(input=usage.prompt_tokens or 0, cached_input=cached or 0, output=usage.completion_tokens or 0)
+
+
+def _paren(code: str) -> str:
+    return f", {code}" if code else ""

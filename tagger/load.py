@@ -1,0 +1,269 @@
+"""The load_back step: the tags go into the target table, in one transaction.
+
+The run's rows are first put beside the target, in a temporary table, so that the database can tell which of them
+changed: only for those is a cache record fetched, and only those are written. A row is never changed or deleted by a
+snapshot older than its own `snapshot_at`.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from tagger.cache import Cache, Record
+from tagger.connections import Connections, database
+from tagger.dataset import Dataset
+from tagger.exceptions import RunFailed
+from tagger.ledger import Outcome, latest_outcomes, read_attempts
+from tagger.runs import IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
+from tagger.tables import connecting, existing_target, new_target
+
+logger = logging.getLogger(__name__)
+
+GOOD = ("tagged", "refused")
+"""Statuses that are an answer to the present text."""
+
+DAMAGED = "the cache record was damaged; the next run tags the text again"
+NOT_ASKED = "not asked: the shard ended early; the next run asks"
+
+
+def load_back(run: Run, connections: Connections) -> Loaded:
+    """Write the run's tags into the target table, which is made if it is missing.
+
+    Raises:
+        InputError: the run has no plan, or the target table has other columns.
+        RunFailed: more rows would be deleted than `limits.max_deleted_fraction` allows; the tags are written, nothing
+            is deleted.
+    """
+    clock = time.monotonic()
+    dataset, taken, planned = run.dataset(), run.snapshot(), run.plan()
+    run.forget("load.json", "summary.json")
+    cache = Cache(run.storage, planned.spec_id, dataset.llm.model)
+    answers = _answers(run, planned, cache)
+    engine = database(dataset.target_conn_id, connections)
+    with connecting(engine, dataset.target_conn_id) as connection:
+        target = existing_target(connection, dataset.target.table, taken.id_type)
+        if target is None:
+            target = new_target(dataset.target.table, taken.id_type)
+            target.create(connection, checkfirst=True)
+        loading = Loading(connection, target, run.run_id, planned.spec_id, taken)
+        loading.stage(_staged(run, dataset, planned, taken.id_type, answers))
+        damaged = loading.resolve(cache)
+        written = loading.write()
+        deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
+        tags = loading.tag_counts()
+        connection.commit()
+    counts = dict.fromkeys(("tagged", "refused", "failed", "skipped", "pending"), 0)
+    for status, _, _ in answers.values():
+        counts[status] += 1
+    loaded = Loaded(
+        written=written,
+        deleted=deleted,
+        problem=problem,
+        **counts,
+        damaged=damaged,
+        tags=tags,
+        seconds=time.monotonic() - clock,
+    )
+    run.write("load.json", loaded)
+    logger.info("load_back: %d rows written, %d deleted", written, deleted)
+    if problem is not None:
+        raise RunFailed(problem)
+    return loaded
+
+
+Answer = tuple[str, str | None, Record | Outcome | None]
+"""A new text's status, error and answer."""
+
+
+def _answers(run: Run, planned: Plan, cache: Cache) -> dict[str, Answer]:
+    """Return what became of the plan's new texts, by key: from the attempts' books, and from the cache for the rest."""
+    outcomes = latest_outcomes(read_attempts(run))
+    answers: dict[str, Answer] = {}
+    for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id)):
+        for key in batch.column("key").to_pylist():
+            outcome = outcomes.get(key)
+            if outcome is None or outcome.status == "asked":
+                answers[key] = ("skipped", NOT_ASKED, None)
+            elif outcome.status == "failed":
+                answers[key] = ("failed", f"{outcome.kind}: {outcome.error}", None)
+            else:
+                answers[key] = (outcome.status, outcome.kind, outcome)
+    unanswered = cache.find(key for key, answer in answers.items() if answer[2] is None)
+    for key, record in cache.read_many(unanswered).items():
+        answers[key] = (record.status, record.reason, record)
+    return answers
+
+
+def _staged(
+    run: Run, dataset: Dataset, planned: Plan, ids: IdType, answers: dict[str, Answer]
+) -> Iterable[list[dict[str, Any]]]:
+    too_long = f"too_long: over {dataset.source.max_chars} characters"
+    for batch in read_parquet(run.storage, rows_path(run, planned.plan_id)):
+        columns = (batch.column(name).to_pylist() for name in ("id", "key", "too_long"))
+        staged = []
+        for row_id, key, is_too_long in zip(*columns, strict=True):
+            row: dict[str, Any] = {
+                "row_id": uuid.UUID(row_id) if ids == "uuid" else row_id,
+                "key": key,
+                "status": "cached",
+                **_values(None, None),
+            }
+            if key is None:
+                row["status"] = "blank"
+            elif is_too_long:
+                row.update(status="refused", error=too_long)
+            elif key in answers:
+                status, error, answer = answers[key]
+                row.update(status=status, **_values(answer, error))
+            staged.append(row)
+        yield staged
+
+
+def _values(answer: Record | Outcome | None, error: str | None) -> dict[str, Any]:
+    tags = answer.tags if answer is not None and answer.status == "tagged" else None
+    at = answer.created_at if isinstance(answer, Record) else answer.answered_at if answer is not None else None
+    return {"error": error, "tags": tags, "model": answer.model if answer is not None else None, "tagged_at": at}
+
+
+class Loading:
+    """One load into a target table over one connection."""
+
+    def __init__(self, connection: sa.Connection, target: sa.Table, run_id: str, spec: str, taken: Snapshot) -> None:
+        self._connection = connection
+        self._target = target
+        self._run_id = run_id
+        self._spec = spec
+        self._taken = taken
+        self._stage = sa.Table(
+            "tagger_stage",
+            sa.MetaData(),
+            sa.Column("row_id", target.c.row_id.type, primary_key=True, autoincrement=False),
+            sa.Column("key", sa.String(32), index=True),
+            sa.Column("status", sa.Text),
+            sa.Column("error", sa.Text),
+            sa.Column("tags", target.c.tags.type),
+            sa.Column("model", sa.Text),
+            sa.Column("tagged_at", target.c.tagged_at.type),
+            prefixes=["TEMPORARY"],
+        )
+
+    def stage(self, batches: Iterable[list[dict[str, Any]]]) -> None:
+        """Put the run's rows beside the target."""
+        self._stage.create(self._connection, checkfirst=False)
+        for batch in batches:
+            self._connection.execute(self._stage.insert(), batch)
+        self._connection.commit()
+
+    def resolve(self, cache: Cache) -> int:
+        """Fetch the records of those cached texts that the target does not have; return how many are damaged."""
+        stage, target = self._stage, self._target
+        query = (
+            sa.select(stage.c.key)
+            .distinct()
+            .select_from(stage.outerjoin(target, stage.c.row_id == target.c.row_id))
+            .where(
+                stage.c.status == "cached",
+                sa.or_(
+                    target.c.row_id.is_(None),
+                    target.c.cache_key.is_distinct_from(stage.c.key),
+                    target.c.status.not_in(GOOD),
+                ),
+            )
+        )
+        keys = list(self._connection.execute(query).scalars())
+        self._connection.commit()  # no transaction stays open while S3 is read
+        records = cache.read_many(keys)
+        values: list[dict[str, Any]] = []
+        for key in keys:
+            record = records.get(key)
+            status, error = ("failed", DAMAGED) if record is None else (record.status, record.reason)
+            values.append({"wanted": key, "new_status": status, **_values(record, error)})
+        if values:
+            update = (
+                stage.update()
+                .where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
+                .values(status=sa.bindparam("new_status"))
+                .values({name: sa.bindparam(name) for name in ("error", "tags", "model", "tagged_at")})
+            )
+            self._connection.execute(update, values)
+            self._connection.commit()
+        return len(keys) - len(records)
+
+    def write(self) -> int:
+        """Insert and update the rows that changed; return how many."""
+        from sqlalchemy.dialects import postgresql, sqlite
+
+        stage, target = self._stage, self._target
+        good = stage.c.status.in_(GOOD)
+        insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[self._connection.dialect.name](target)
+        rows = (
+            sa.select(
+                stage.c.row_id,
+                stage.c.tags,
+                stage.c.status,
+                stage.c.error,
+                sa.case((good, stage.c.key)),
+                sa.case((good, sa.literal(self._spec))),
+                stage.c.model,
+                stage.c.tagged_at,
+                sa.literal(self._taken.taken_at, target.c.snapshot_at.type),
+                sa.literal(self._run_id),
+            )
+            .where(stage.c.status.not_in(("cached", "blank")))
+            .order_by(stage.c.row_id)
+        )
+        upsert = insert.from_select([column.name for column in target.columns], rows)
+        new = upsert.excluded
+        is_good = new.status.in_(GOOD)
+        of_last_answer = ("tags", "cache_key", "spec_id", "model", "tagged_at")
+        upsert = upsert.on_conflict_do_update(
+            index_elements=[target.c.row_id],
+            set_={
+                **{name: new[name] for name in ("status", "error", "snapshot_at", "run_id")},
+                **{name: sa.case((is_good, new[name]), else_=target.c[name]) for name in of_last_answer},
+            },
+            where=sa.and_(
+                target.c.snapshot_at <= new.snapshot_at,
+                sa.or_(
+                    target.c.status != new.status,
+                    target.c.error.is_distinct_from(new.error),
+                    sa.and_(is_good, target.c.cache_key.is_distinct_from(new.cache_key)),
+                ),
+            ),
+        )
+        return self._connection.execute(upsert).rowcount
+
+    def delete(self, max_fraction: float) -> tuple[int, str | None]:
+        """Delete the rows whose text is blank, and with all rows taken those that are gone from the source.
+
+        Returns the number of rows deleted, and the problem if too many would have gone: then only blank ones went.
+        """
+        target, stage = self._target, self._stage
+        not_newer = target.c.snapshot_at <= self._taken.taken_at
+        blank = sa.select(stage.c.row_id).where(stage.c.status == "blank")
+        deleted = self._connection.execute(target.delete().where(target.c.row_id.in_(blank), not_newer)).rowcount
+        if self._taken.selection.rows != "all" or self._taken.rows == 0:
+            return deleted, None
+        gone = sa.and_(~sa.exists().where(stage.c.row_id == target.c.row_id), not_newer)
+        count = self._connection.execute(sa.select(sa.func.count()).select_from(target).where(gone)).scalar_one()
+        total = self._connection.execute(sa.select(sa.func.count()).select_from(target)).scalar_one()
+        if count > max_fraction * total:
+            return deleted, (
+                f"{count} of {total} rows of {target.fullname} are gone from the source, more than "
+                f"`limits.max_deleted_fraction` {max_fraction:g} allows: none of them was deleted; raise the limit for "
+                "one run if they are meant to go"
+            )
+        return deleted + self._connection.execute(target.delete().where(gone)).rowcount, None
+
+    def tag_counts(self) -> dict[str, int]:
+        """Return the number of the target's rows by tag, most frequent first."""
+        each = {"postgresql": sa.func.jsonb_array_elements_text, "sqlite": sa.func.json_each}
+        tags = each[self._connection.dialect.name](self._target.c.tags).table_valued("value")
+        count = sa.func.count()
+        query = sa.select(tags.c.value, count).select_from(self._target, tags).group_by(tags.c.value)
+        rows = self._connection.execute(query.order_by(count.desc(), tags.c.value)).tuples()
+        return dict(rows.all())

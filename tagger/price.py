@@ -1,0 +1,32 @@
+"""What tokens cost."""
+
+from tagger.cache import Usage
+from tagger.dataset import LLM, Price
+
+
+def price_of(llm: LLM) -> Price | None:
+    """Return the price of a dataset's model: the file's, else the price library's, else None (unknown)."""
+    if llm.price is not None:
+        return llm.price
+    from genai_prices import Usage as LibraryUsage
+    from genai_prices import calc_price
+
+    million = 1_000_000
+    try:
+        fresh = calc_price(LibraryUsage(input_tokens=million), model_ref=llm.model)
+        cached = calc_price(LibraryUsage(input_tokens=million, cache_read_tokens=million), model_ref=llm.model)
+        output = calc_price(LibraryUsage(output_tokens=million), model_ref=llm.model)
+    except LookupError:
+        return None
+    return Price(
+        input=float(fresh.total_price), cached_input=float(cached.total_price), output=float(output.total_price)
+    )
+
+
+def cost_usd(usage: Usage, price: Price | None) -> float | None:
+    """Return what a usage costs in USD; None where the price is unknown."""
+    if price is None:
+        return None
+    cached_price = price.input if price.cached_input is None else price.cached_input
+    fresh = max(usage.input - usage.cached_input, 0)
+    return (fresh * price.input + usage.cached_input * cached_price + usage.output * price.output) / 1_000_000

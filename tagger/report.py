@@ -1,0 +1,205 @@
+"""The report step: the run in figures, and the verdict on it."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Literal
+
+from pydantic import AwareDatetime
+
+from tagger.cache import Cache
+from tagger.dataset import Dataset
+from tagger.exceptions import RunFailed
+from tagger.ledger import Attempt, latest_outcomes, read_attempts
+from tagger.runs import File, Loaded, Plan, Run, utc_now
+from tagger.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorCount(File):
+    """How many texts ended so, and one row that has such a text."""
+
+    count: int
+    row_id: str
+
+
+class Window(File):
+    """The instants between which rows were taken; None where all rows were."""
+
+    start: AwareDatetime | None
+    end: AwareDatetime | None
+
+
+class Summary(File):
+    """`summary.json`: one run in figures. `texts = cached + tagged + refused + failed + skipped + pending`."""
+
+    dataset: str
+    run_id: str
+    day: str
+    window: Window
+    spec_id: str
+    model: str
+    mode: str
+    state: Literal["success", "failed"]
+    reason: str | None
+    started_at: AwareDatetime
+    finished_at: AwareDatetime
+    rows: int
+    blank: int
+    texts: int
+    cached: int
+    tagged: int
+    refused: int
+    failed: int
+    skipped: int
+    pending: int
+    llm_requests: int
+    input_tokens: int
+    cached_input_tokens: int
+    output_tokens: int
+    cost_usd: float | None
+    """None where the price is not known."""
+    saved_usd: float | None
+    """Cached texts times the mean cost of a record of the spec."""
+    seconds: dict[str, float]
+    tags: dict[str, int]
+    errors: dict[str, ErrorCount]
+
+
+def report(run: Run) -> Summary:
+    """Sum the run up, write its summary, and log it.
+
+    Raises:
+        InputError: the run has no plan.
+        RunFailed: a shard broke, load_back did not succeed, or too many texts failed.
+    """
+    clock = utc_now()
+    dataset, taken, planned = run.dataset(), run.snapshot(), run.plan()
+    loaded = run.read("load.json", Loaded)
+    attempts = read_attempts(run)
+    outcomes = list(chain.from_iterable(attempt.outcomes for attempt in attempts))
+    costs = [outcome.cost_usd for outcome in outcomes]
+    damaged = loaded.damaged if loaded else 0
+    cached = planned.cached - damaged
+    refused = planned.too_long + (loaded.refused if loaded else 0)
+    failed = damaged + (loaded.failed if loaded else 0)
+    reasons = list(_problems(dataset, planned, loaded, attempts))
+    present = [attempt for attempt in attempts if attempt.plan_id == planned.plan_id]
+    seconds = {"snapshot": taken.seconds, "plan": planned.seconds, "tag": 0.0, "load": loaded.seconds if loaded else 0}
+    if present:
+        started = min(attempt.started_at for attempt in present)
+        seconds["tag"] = (max(attempt.ended_at for attempt in present) - started).total_seconds()
+    day = taken.selection.end if taken.selection.rows == "window" else taken.selection.start
+    mean_cost = Cache(run.storage, planned.spec_id, dataset.llm.model).mean_cost() if cached else 0.0
+    seconds["report"] = (utc_now() - clock).total_seconds()
+    summary = Summary(
+        dataset=dataset.dataset,
+        run_id=run.run_id,
+        day=f"{(day or taken.taken_at).astimezone(dataset.zone):%Y-%m-%d}",
+        window=Window(start=taken.selection.start, end=taken.selection.end),
+        spec_id=planned.spec_id,
+        model=dataset.llm.model,
+        mode=dataset.llm.mode,
+        state="failed" if reasons else "success",
+        reason="; ".join(reasons) or None,
+        started_at=taken.started_at,
+        finished_at=utc_now(),
+        rows=planned.rows,
+        blank=planned.blank,
+        texts=planned.texts,
+        cached=cached,
+        tagged=loaded.tagged if loaded else 0,
+        refused=refused,
+        failed=failed,
+        skipped=loaded.skipped if loaded else planned.new,
+        pending=loaded.pending if loaded else 0,
+        llm_requests=sum(outcome.requests for outcome in outcomes),
+        input_tokens=sum(outcome.input_tokens for outcome in outcomes),
+        cached_input_tokens=sum(outcome.cached_input_tokens for outcome in outcomes),
+        output_tokens=sum(outcome.output_tokens for outcome in outcomes),
+        cost_usd=None if None in costs else sum(cost or 0.0 for cost in costs),
+        saved_usd=None if mean_cost is None else cached * mean_cost,
+        seconds={step: round(value, 3) for step, value in seconds.items()},
+        tags=loaded.tags if loaded else {},
+        errors=_errors(attempts),
+    )
+    run.write("summary.json", summary)
+    for line in describe(summary):
+        logger.info("%s", line)
+    if reasons:
+        raise RunFailed(f"{dataset.dataset}: {summary.reason}")
+    return summary
+
+
+def _problems(dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> Iterator[str]:
+    """Yield why the run is not acceptable."""
+    latest = {attempt.shard: attempt for attempt in attempts if attempt.plan_id == planned.plan_id}
+    for shard in planned.shards:
+        attempt = latest.get(shard.shard)
+        if attempt is None:
+            yield f"{shard.name}: did not start"
+        elif attempt.state == "broken":
+            yield attempt.reason if planned.shards == [shard] and attempt.reason else f"{shard.name}: {attempt.reason}"
+        elif attempt.state == "running":
+            yield f"{shard.name}: was killed"
+    if loaded is None:
+        yield "load_back did not finish"
+        return
+    if loaded.problem:
+        yield loaded.problem
+    asked = loaded.tagged + loaded.refused + loaded.failed
+    if loaded.failed > dataset.limits.max_failed_fraction * asked:
+        kinds = ", ".join(f"{kind} {e.count} (row {e.row_id})" for kind, e in _errors(attempts, only="failed").items())
+        yield (
+            f"{loaded.failed} of {asked} texts failed, more than `limits.max_failed_fraction` "
+            f"{dataset.limits.max_failed_fraction:g} allows: {kinds}"
+        )
+
+
+def _errors(attempts: Iterable[Attempt], only: str | None = None) -> dict[str, ErrorCount]:
+    errors: dict[str, ErrorCount] = {}
+    for outcome in latest_outcomes(attempts).values():
+        if outcome.kind is not None and only in (None, outcome.status):
+            count = errors[outcome.kind].count if outcome.kind in errors else 0
+            errors[outcome.kind] = ErrorCount(count=count + 1, row_id=outcome.row_id)
+    return errors
+
+
+def describe(summary: Summary) -> list[str]:
+    """Return a summary as lines to read."""
+    s = summary
+    errors = ", ".join(f"{kind} {e.count} (such as row {e.row_id})" for kind, e in s.errors.items())
+    tags = ", ".join(f"{tag} {count}" for tag, count in list(s.tags.items())[:12])
+    lines = [
+        f"{s.dataset} {s.day} · {s.run_id} · {s.state}" + (f": {s.reason}" if s.reason else ""),
+        f"  rows     {s.rows:,} with a text, {s.blank:,} blank",
+        f"  texts    {s.texts:,} distinct: {s.cached:,} cached, {s.tagged:,} tagged, {s.refused:,} refused, "
+        f"{s.failed:,} failed, {s.skipped:,} skipped, {s.pending:,} pending",
+        f"  LLM      {s.llm_requests:,} requests, {s.input_tokens:,} tokens in ({s.cached_input_tokens:,} cached), "
+        f"{s.output_tokens:,} out, {s.model}",
+        f"  cost     {usd(s.cost_usd)} spent, {usd(s.saved_usd)} saved by the cache",
+        "  seconds  " + ", ".join(f"{step} {value:.1f}" for step, value in s.seconds.items()),
+    ]
+    lines += [f"  tags     {tags}"] if tags else []
+    lines += [f"  errors   {errors}"] if errors else []
+    return lines
+
+
+def usd(amount: float | None) -> str:
+    """Return an amount of money to read."""
+    if amount is None:
+        return "an unknown amount"
+    return f"${amount:,.2f}" if amount >= 100 or amount == 0 else f"${amount:.4f}"
+
+
+def summaries(storage: Storage, dataset_name: str) -> list[Summary]:
+    """Return the summaries of a dataset's runs, oldest first."""
+    prefix = f"runs/{dataset_name}/"
+    run_ids = [
+        path.removeprefix(prefix).rsplit("/", 1)[0]
+        for path, _ in storage.list(prefix)
+        if path.endswith("/summary.json")
+    ]
+    found = (Run(storage, dataset_name, run_id).read("summary.json", Summary) for run_id in run_ids)
+    return sorted((summary for summary in found if summary is not None), key=lambda summary: summary.finished_at)

@@ -1,0 +1,259 @@
+"""The files of one run: what each step leaves in storage for the next one.
+
+```
+snapshots/<dataset>/<run_id>/   the rows taken, and the new texts by shard: the only place that holds texts
+runs/<dataset>/<run_id>/        the frozen dataset, the plan, the shards' results, the summary: never a text
+```
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from tagger.connections import Connections
+from tagger.dataset import Dataset, parse_dataset
+from tagger.exceptions import InputError, StorageError
+from tagger.storage import Storage
+from tagger.window import Selection
+
+RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+")
+"""Airflow's pattern (`allowed_run_id_pattern`)."""
+
+IdType = Literal["integer", "text", "uuid"]
+
+FileModel = TypeVar("FileModel", bound=BaseModel)
+
+
+class File(BaseModel):
+    """Base of the JSON files of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Snapshot(File):
+    """`snapshot.json`: the rows that the snapshot step took. It is written last, so that a snapshot is whole."""
+
+    rows_file: str
+    rows: int
+    id_type: IdType
+    selection: Selection
+    taken_at: AwareDatetime
+    """Database time at the snapshot's start."""
+    started_at: AwareDatetime
+    seconds: float
+
+
+class Shard(File):
+    """One mapped tag task."""
+
+    shard: int
+    of: int
+    texts: int
+
+    @property
+    def name(self) -> str:
+        """How the task is called in the UI and in messages."""
+        return f"shard {self.shard}/{self.of} · {self.texts} texts"
+
+
+class Plan(File):
+    """`plan.json`: what is new."""
+
+    plan_id: str
+    """Tells the shards of this plan from those of an earlier try of the step."""
+    spec_id: str
+    rows: int
+    """Rows with a text that is not blank."""
+    blank: int
+    texts: int
+    """Distinct texts."""
+    cached: int
+    too_long: int
+    new: int
+    shards: list[Shard]
+    target_rows: int
+    older_spec_rows: int
+    """Rows of the target whose tags come from another spec."""
+    planned_at: AwareDatetime
+    seconds: float
+
+
+class Loaded(File):
+    """`load.json`: what load_back wrote."""
+
+    written: int
+    """Rows of the target that were inserted or updated."""
+    deleted: int
+    problem: str | None = None
+    """Why the run is not acceptable, though what it tagged is loaded."""
+    tagged: int
+    """Distinct new texts, as are the next four."""
+    refused: int
+    failed: int
+    skipped: int
+    pending: int
+    damaged: int
+    """Distinct cached texts whose record turned out to be damaged or gone; the next run tags them."""
+    tags: dict[str, int]
+    """Rows of the target by tag."""
+    seconds: float
+
+
+class Run:
+    """The files of one run of a dataset, and the storage they lie in."""
+
+    def __init__(self, storage: Storage, dataset_name: str, run_id: str) -> None:
+        if not RUN_ID.fullmatch(run_id):
+            raise InputError(f"run id {run_id!r}: only letters, digits and _.~:+- may stand in it")
+        self.storage = storage
+        self.dataset_name = dataset_name
+        self.run_id = run_id
+        self.files = f"runs/{dataset_name}/{run_id}/"
+        self.texts = f"snapshots/{dataset_name}/{run_id}/"
+
+    def freeze(self, dataset: Dataset) -> None:
+        """Write the dataset for the run's later steps. It holds connection ids, never secrets."""
+        self.storage.put(f"{self.files}dataset.json", dataset.model_dump_json(indent=2).encode())
+
+    def dataset(self) -> Dataset:
+        """Return the dataset as the run's snapshot step froze it."""
+        body = self._body(f"{self.files}dataset.json", "tagger snapshot")
+        return parse_dataset(json.loads(body), f"{self.files}dataset.json")
+
+    def write(self, name: str, content: File) -> None:
+        """Write one of the run's JSON files."""
+        self.storage.put(self._path(name), content.model_dump_json(indent=2).encode())
+
+    def read(self, name: str, model: type[FileModel]) -> FileModel | None:
+        """Return one of the run's JSON files, or None where it is not written."""
+        path = self._path(name)
+        body = self.storage.get(path)
+        if body is None:
+            return None
+        try:
+            return model.model_validate_json(body)
+        except ValidationError:
+            raise StorageError(f"{self.storage.url}/{path}: not a {model.__name__} file: run its step again") from None
+
+    def snapshot(self) -> Snapshot:
+        """Return the run's snapshot.
+
+        Raises:
+            InputError: the run has none.
+        """
+        return self._required("snapshot.json", Snapshot, "tagger snapshot")
+
+    def plan(self) -> Plan:
+        """Return the run's plan.
+
+        Raises:
+            InputError: the run has none.
+        """
+        return self._required("plan.json", Plan, "tagger plan")
+
+    def forget(self, *names: str) -> None:
+        """Delete JSON files that an earlier try of the run left."""
+        for name in names:
+            self.storage.delete(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return (self.texts if name == "snapshot.json" else self.files) + name
+
+    def _required(self, name: str, model: type[FileModel], command: str) -> FileModel:
+        content = self.read(name, model)
+        if content is None:
+            raise InputError(self._missing(name, command))
+        return content
+
+    def _body(self, path: str, command: str) -> bytes:
+        body = self.storage.get(path)
+        if body is None:
+            raise InputError(self._missing(path.rsplit("/", 1)[-1], command))
+        return body
+
+    def _missing(self, name: str, command: str) -> str:
+        return f"run `{self.run_id}` of `{self.dataset_name}` has no {name}: `{command}` has not succeeded"
+
+
+def rows_path(run: Run, plan_id: str) -> str:
+    """Return the path of a plan's rows: id, key, and whether the text is too long."""
+    return f"{run.files}rows-{plan_id}.parquet"
+
+
+def new_keys_path(run: Run, plan_id: str) -> str:
+    """Return the path of the keys of a plan's new texts."""
+    return f"{run.files}new-{plan_id}.parquet"
+
+
+def shard_path(run: Run, plan_id: str, shard: int) -> str:
+    """Return the path of a shard's texts; it lies in the snapshot's folder, for it holds texts."""
+    return f"{run.texts}shard-{plan_id}-{shard}.parquet"
+
+
+class ParquetFile:
+    """A Parquet file in storage, written batch by batch through a local temporary file."""
+
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+        self._schema = schema
+
+    def write(self, columns: dict[str, list[object]]) -> None:
+        """Write one batch of rows, given by column."""
+        self._writer.write_table(pa.table(columns, schema=self._schema))
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._writer.close()
+
+
+@contextmanager
+def writing_parquet(storage: Storage, path: str, schema: pa.Schema) -> Iterator[ParquetFile]:
+    """Write a Parquet object in bounded memory; it appears when the block ends without an error, whole."""
+    with _temporary_file() as file:
+        parquet = ParquetFile(file, schema)
+        try:
+            yield parquet
+        finally:
+            parquet.close()
+        storage.upload(path, file)
+
+
+def read_parquet(storage: Storage, path: str, batch_size: int = 5000) -> Iterator[pa.RecordBatch]:
+    """Yield a Parquet object's rows in batches, in bounded memory."""
+    with _temporary_file() as file:
+        storage.download(path, file)
+        try:
+            with pq.ParquetFile(file) as parquet:
+                yield from parquet.iter_batches(batch_size=batch_size)
+        except pa.ArrowInvalid:
+            raise StorageError(f"{storage.url}/{path}: damaged: run its step again") from None
+
+
+@contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """Yield the path of a temporary file. A full disk is one clear error."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="tagger-") as folder:
+            yield Path(folder, "file")
+    except OSError as e:
+        raise StorageError(f"temporary files in {tempfile.gettempdir()}: {e.strerror or type(e).__name__}") from None
+
+
+def open_run(dataset: Dataset, run_id: str, connections: Connections, *, max_connections: int = 64) -> Run:
+    """Return a run of a dataset, with the storage that the dataset names."""
+    storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections, max_connections=max_connections)
+    return Run(storage, dataset.dataset, run_id)
+
+
+def utc_now() -> datetime:
+    """Return the present time, in UTC."""
+    return datetime.now(UTC)

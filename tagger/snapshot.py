@@ -1,0 +1,241 @@
+"""The snapshot step: today's rows go out to storage as one Parquet file.
+
+The rows are streamed (server-side cursor) and the file appears whole or not at all: `snapshot.json`, which names it,
+is written last.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import UTC, date, datetime
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import sqlalchemy as sa
+
+from tagger.connections import Connections, database
+from tagger.dataset import Dataset
+from tagger.exceptions import InputError
+from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
+from tagger.tables import column, connecting, existing_target, id_type, reflect
+from tagger.window import Selection
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = ("failed", "skipped", "pending")
+"""Statuses of target rows whose text still waits for an answer."""
+
+ROWS_A_FETCH = 500
+"""Small enough that rows of a megabyte fit in memory."""
+
+CHARS_A_WRITE = 4_000_000
+ROWS_A_WRITE = 20_000
+IDS_A_QUERY = 500
+
+
+def snapshot(dataset: Dataset, run: Run, selection: Selection, connections: Connections) -> Snapshot:
+    """Take the selected rows out of the source into the run's snapshot, and freeze the dataset for the later steps.
+
+    Raises:
+        InputError: a table or column is missing, an id or timestamp is of no known kind, an id appears twice.
+    """
+    clock, started_at = time.monotonic(), utc_now()
+    run.storage.check()
+    run.forget("snapshot.json", "plan.json", "load.json", "summary.json")
+    run.freeze(dataset)
+    rows_file = f"{run.texts}rows-{uuid.uuid4().hex[:8]}.parquet"
+    engine = database(dataset.source.conn_id, connections)
+    with connecting(engine, dataset.source.conn_id) as connection:
+        source = SourceTable(connection, dataset)
+        taken_at = _database_time(connection)
+        unfinished = _unfinished(dataset, source.id_type, connections) if selection.unfinished else set()
+        with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
+            rows = 0
+            for batch in _batches(source.rows(selection, unfinished)):
+                parquet.write({"id": [r[0] for r in batch], "text": [r[1] for r in batch]})
+                rows += len(batch)
+    taken = Snapshot(
+        rows_file=rows_file,
+        rows=rows,
+        id_type=source.id_type,
+        selection=selection,
+        taken_at=taken_at,
+        started_at=started_at,
+        seconds=time.monotonic() - clock,
+    )
+    run.write("snapshot.json", taken)
+    _forget_older(run, rows_file)
+    logger.info("snapshot: %d rows (%s)", rows, selection.describe(dataset.zone))
+    return taken
+
+
+def _schema(ids: IdType) -> pa.Schema:
+    return pa.schema([("id", pa.int64() if ids == "integer" else pa.string()), ("text", pa.string())])
+
+
+def _forget_older(run: Run, rows_file: str) -> None:
+    for path in [path for path, _ in run.storage.list(run.texts)]:
+        if path != rows_file and not path.endswith("/snapshot.json"):
+            run.storage.delete(path)
+
+
+def _batches(rows: Iterable[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
+    batch: list[tuple[Any, str]] = []
+    chars = 0
+    for row in rows:
+        batch.append(row)
+        chars += len(row[1])
+        if chars >= CHARS_A_WRITE or len(batch) >= ROWS_A_WRITE:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _database_time(connection: sa.Connection) -> datetime:
+    if connection.dialect.name == "sqlite":
+        now = connection.execute(sa.text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')")).scalar_one()
+        return datetime.fromisoformat(now).replace(tzinfo=UTC)
+    instant: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
+    return instant.astimezone(UTC)
+
+
+def _unfinished(dataset: Dataset, ids: IdType, connections: Connections) -> set[Any]:
+    """Return the ids of the target's rows that still wait for an answer."""
+    engine = database(dataset.target_conn_id, connections)
+    with connecting(engine, dataset.target_conn_id) as connection:
+        target = existing_target(connection, dataset.target.table, ids)
+        if target is None:
+            return set()
+        query = sa.select(target.c.row_id).where(target.c.status.in_(UNFINISHED))
+        return set(connection.execute(query).scalars())
+
+
+class SourceTable:
+    """The source table or view of a dataset, checked against the dataset file."""
+
+    def __init__(self, connection: sa.Connection, dataset: Dataset) -> None:
+        source = dataset.source
+        table = reflect(connection, source.table)
+        if table is None:
+            raise InputError(f"`source.table`: connection `{source.conn_id}` has no table or view `{source.table}`")
+        self._connection = connection
+        self._zone = dataset.source_zone
+        self._name = source.table
+        self._id = column(table, source.id_column, "source.id_column")
+        self.id_type: IdType = id_type(self._id)
+        self._text_names = source.text_columns
+        self._texts = [_as_text(column(table, name, "source.text_columns")) for name in source.text_columns]
+        self._updated_at = (
+            column(table, source.updated_at, "source.updated_at") if source.updated_at is not None else None
+        )
+        self._bad_time: str | None = None
+        if connection.dialect.name != "sqlite":
+            self._condition_for(Selection(rows="window", start=utc_now(), end=utc_now(), unfinished=False))
+
+    def rows(self, selection: Selection, unfinished: set[Any]) -> Iterator[tuple[Any, str]]:
+        """Yield id and text of the selected rows and of the `unfinished` ones, which is emptied on the way.
+
+        Raises:
+            InputError: an id is NULL, of another type or there twice; a timestamp is none.
+        """
+        query = sa.select(self._id, *self._texts).order_by(self._id)
+        if self._connection.dialect.name == "sqlite":
+            self._prepare_sqlite(selection)
+        condition = self._condition_for(selection)
+        for row in self._read(query if condition is None else query.where(condition)):
+            unfinished.discard(row[0])
+            yield self._id_out(row[0]), self._join(row)
+        left = iter(sorted(unfinished))
+        while ids := list(islice(left, IDS_A_QUERY)):
+            for row in self._read(query.where(self._id.in_(ids))):
+                yield self._id_out(row[0]), self._join(row)
+
+    def _read(self, query: sa.Select[Any]) -> Iterator[sa.Row[Any]]:
+        last: Any = None
+        try:
+            for row in self._connection.execution_options(yield_per=ROWS_A_FETCH).execute(query):
+                if row[0] is None:
+                    raise InputError(f"`source.id_column`: a row of {self._name} has NULL in `{self._id.name}`")
+                if row[0] == last:
+                    raise InputError(f"`source.id_column`: id {last!r} appears twice in {self._name}")
+                last = row[0]
+                yield row
+        except sa.exc.DBAPIError:
+            if self._bad_time is not None:
+                raise InputError(self._bad_time) from None
+            raise
+
+    def _id_out(self, value: Any) -> Any:
+        expected = {"integer": int, "text": str, "uuid": uuid.UUID}[self.id_type]
+        if not isinstance(value, expected):
+            raise InputError(
+                f"`source.id_column`: id {value!r} in {self._name} is {type(value).__name__}, "
+                f"the column is declared {self._id.type}"
+            )
+        return str(value) if self.id_type == "uuid" else value
+
+    def _join(self, row: sa.Row[Any]) -> str:
+        parts: list[str] = []
+        for name, part in zip(self._text_names, tuple(row)[1:], strict=True):
+            if part is not None and not isinstance(part, str):
+                raise InputError(
+                    f"`source.text_columns`: `{name}` of row {row[0]!r} is {type(part).__name__}; expected text"
+                )
+            if part is not None and part.strip():
+                parts.append(part)
+        return "\n\n".join(parts)
+
+    def _condition_for(self, selection: Selection) -> sa.ColumnElement[bool] | None:
+        changed = self._updated_at
+        if selection.start is None or changed is None:
+            return None
+        if self._connection.dialect.name == "sqlite":
+            return sa.func.tagger_takes(self._id, changed) == 1
+        low: date
+        high: date
+        if isinstance(changed.type, sa.DateTime) and changed.type.timezone:
+            assert selection.end is not None
+            low, high = selection.start, selection.end
+        elif isinstance(changed.type, sa.DateTime):
+            low, high = selection.naive_bounds(self._zone)
+        elif isinstance(changed.type, sa.Date):
+            low, high = selection.date_bounds(self._zone)
+        else:
+            raise InputError(
+                f"`source.updated_at`: `{changed.name}` is {changed.type}; expected a date or timestamp "
+                "(in SQLite also ISO text)"
+            )
+        return sa.or_(changed.is_(None), sa.and_(changed >= low, changed < high))
+
+    def _prepare_sqlite(self, selection: Selection) -> None:
+        """SQLite has no timestamps, only what programs put in their place: read them in Python, in the query."""
+        raw: Any = self._connection.connection.dbapi_connection
+        raw.text_factory = lambda b: b.decode("utf-8", "replace")
+
+        def takes(row_id: object, value: object) -> bool:
+            try:
+                return selection.takes(_sqlite_time(value), self._zone)
+            except ValueError:
+                self._bad_time = (
+                    f"`source.updated_at`: `{self._updated_at.name if self._updated_at is not None else ''}` of row "
+                    f"{row_id!r} is {type(value).__name__} that is no ISO date or time"
+                )
+                raise
+
+        raw.create_function("tagger_takes", 2, takes)
+
+
+def _as_text(text: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    return text if isinstance(text.type, sa.String) else sa.cast(text, sa.Text).label(text.name)
+
+
+def _sqlite_time(value: object) -> datetime | date | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError
+    value = value.strip()
+    return date.fromisoformat(value) if len(value) <= 10 else datetime.fromisoformat(value)

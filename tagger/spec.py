@@ -1,0 +1,70 @@
+"""What decides a result: the spec, and the key of a text under it.
+
+Keys are ours and not derived from any library's internals, so that no upgrade can invalidate a paid-for cache.
+Golden tests pin both functions: a change here makes every user pay for every text again.
+"""
+
+import hashlib
+import json
+import unicodedata
+from typing import Any
+
+from tagger.dataset import Dataset
+
+INSTRUCTIONS_VERSION = 1
+"""Raised when the instructions in `tagger.prompt` change."""
+
+OUTPUT_SCHEMA_VERSION = 1
+"""Raised when the shape of the answer that `tagger.prompt` asks for changes."""
+
+NORMALISATION_VERSION = 1
+"""Raised when `normalise` changes."""
+
+PARAMS_WITHOUT_EFFECT = frozenset(
+    {
+        "extra_headers",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "timeout",
+        "user",
+    }
+)
+"""Request parameters that change how a text is asked and billed, never what is answered."""
+
+
+def spec_of(dataset: Dataset) -> dict[str, Any]:
+    """Return everything that decides a result, as plain JSON values."""
+    params = {k: v for k, v in dataset.llm.params.items() if k not in PARAMS_WITHOUT_EFFECT}
+    return {
+        "allow_none": dataset.allow_none,
+        "instructions": INSTRUCTIONS_VERSION,
+        "max_tags": dataset.max_tags,
+        "model": dataset.llm.model,
+        "normalisation": NORMALISATION_VERSION,
+        "output_schema": OUTPUT_SCHEMA_VERSION,
+        "params": params,
+        "prompt": dataset.prompt.strip(),
+        "revision": dataset.revision,
+        "tags": [{"description": tag.description.strip(), "id": tag.id} for tag in dataset.tags],
+    }
+
+
+def spec_id(dataset: Dataset) -> str:
+    """Return the spec's id: the first 12 hex digits of SHA-256 over its canonical JSON."""
+    canonical = json.dumps(spec_of(dataset), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def normalise(text: str) -> str:
+    """Return the form in which two texts count as the same: NFKC, line ends unified, no surrounding white space."""
+    unified = text.replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFKC", unified).strip()
+
+
+def text_key(spec: str, normalised: str) -> str:
+    """Return the key of a normalised text under the spec id `spec`: 32 hex digits."""
+    return hashlib.sha256(f"{spec}\n{normalised}".encode("utf-8", "surrogatepass")).hexdigest()[:32]

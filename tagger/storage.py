@@ -1,0 +1,172 @@
+"""S3 storage: small objects and files below one `s3://bucket/prefix`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+
+from tagger.connections import Connections, s3_client
+from tagger.exceptions import InputError, StorageError, Unreachable
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+
+
+class Storage:
+    """Objects below one URL, named by their path relative to it. Its methods may be called from many threads.
+
+    Raises (all methods):
+        Unreachable: the endpoint does not answer.
+        InputError: the bucket is missing, or access is denied.
+        StorageError: anything else that S3 answers.
+    """
+
+    def __init__(self, url: str, client: S3Client) -> None:
+        parts = urlsplit(url)
+        self.url = url.rstrip("/")
+        self.bucket = parts.netloc
+        self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+        self._client = client
+
+    @classmethod
+    def connect(cls, url: str, conn_id: str, connections: Connections, *, max_connections: int = 64) -> Storage:
+        """Return the storage at `url`, with the client of an Airflow connection."""
+        return cls(url, s3_client(conn_id, connections, max_connections=max_connections))
+
+    def get(self, path: str) -> bytes | None:
+        """Return an object's body, or None where there is none."""
+        with self._errors(f"reading {path}"):
+            try:
+                return self._client.get_object(Bucket=self.bucket, Key=self._prefix + path)["Body"].read()
+            except ClientError as e:
+                if _code(e) in NOT_FOUND:
+                    return None
+                raise
+
+    def size(self, path: str) -> int | None:
+        """Return an object's size in bytes, or None where there is none."""
+        with self._errors(f"looking for {path}"):
+            try:
+                return self._client.head_object(Bucket=self.bucket, Key=self._prefix + path)["ContentLength"]
+            except ClientError as e:
+                if _code(e) in NOT_FOUND:
+                    self._check_bucket(e)
+                    return None
+                raise
+
+    def put(self, path: str, body: bytes) -> None:
+        """Write an object, whole, in one request."""
+        with self._errors(f"writing {path}"):
+            self._client.put_object(Bucket=self.bucket, Key=self._prefix + path, Body=body)
+
+    def create(self, path: str, body: bytes) -> bool:
+        """Write an object unless it exists; return whether it was written."""
+        with self._errors(f"writing {path}"):
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=self._prefix + path, Body=body, IfNoneMatch="*")
+            except ClientError as e:
+                if _code(e) in CONFLICT:
+                    return False
+                raise
+        return True
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield path and size of the objects whose path starts with `prefix`; 1,000 a request."""
+        skip = len(self._prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self._prefix + prefix, PaginationConfig={"PageSize": 1000}
+        )
+        with self._errors(f"listing {prefix}"):
+            for page in pages:
+                for item in page.get("Contents", []):
+                    yield item["Key"][skip:], item["Size"]
+
+    def delete(self, path: str) -> None:
+        """Delete an object; it need not exist."""
+        with self._errors(f"deleting {path}"):
+            self._client.delete_object(Bucket=self.bucket, Key=self._prefix + path)
+
+    def upload(self, path: str, file: Path) -> None:
+        """Write a local file as an object; it appears whole or not at all."""
+        self._transfer(f"writing {path}", lambda: self._client.upload_file(str(file), self.bucket, self._prefix + path))
+
+    def download(self, path: str, file: Path) -> None:
+        """Write an object to a local file."""
+        self._transfer(
+            f"reading {path}", lambda: self._client.download_file(self.bucket, self._prefix + path, str(file))
+        )
+
+    def check(self, *, create: bool = False) -> bool:
+        """Check that the bucket is there and may be used; return whether it was made now."""
+        with self._errors("looking for the bucket"):
+            try:
+                self._client.head_bucket(Bucket=self.bucket)
+            except ClientError as e:
+                if not create or _code(e) not in NOT_FOUND | {"NoSuchBucket"}:
+                    raise
+                region = self._client.meta.region_name
+                where: Any = {} if region == "us-east-1" else {"LocationConstraint": region}
+                self._client.create_bucket(
+                    Bucket=self.bucket, **({"CreateBucketConfiguration": where} if where else {})
+                )
+                return True
+        return False
+
+    def _transfer(self, doing: str, transfer: Callable[[], object]) -> None:
+        from boto3.exceptions import Boto3Error
+
+        with self._errors(doing):
+            try:
+                transfer()
+            except Boto3Error as e:
+                cause = e.__cause__ or e.__context__
+                if isinstance(cause, ClientError):
+                    raise cause from None
+                raise StorageError(f"{self.url}: {doing}: {type(e).__name__}") from None
+
+    def _check_bucket(self, error: ClientError) -> None:
+        """A HEAD answers 404 for a missing bucket too: tell the two apart by the bucket's own HEAD."""
+        try:
+            self._client.head_bucket(Bucket=self.bucket)
+        except ClientError as e:
+            if _code(e) in NOT_FOUND:
+                raise InputError(self._no_bucket()) from error
+            raise
+
+    def _no_bucket(self) -> str:
+        return f"{self.url}: no bucket `{self.bucket}` (`tagger check --create` makes it)"
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as e:
+            code = _code(e)
+            if code == "NoSuchBucket" or (code == "404" and doing == "looking for the bucket"):
+                raise InputError(self._no_bucket()) from None
+            if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}:
+                raise InputError(f"{self.url}: {doing}: access denied ({code}); check its connection's keys") from None
+            raise StorageError(f"{self.url}: {doing}: S3 answered {code}") from None
+        except (ConnectionError, HTTPClientError) as e:
+            raise Unreachable(f"{self.url}: {doing}: S3 does not answer at {self._endpoint()}: {_kind(e)}") from None
+        except BotoCoreError as e:
+            raise InputError(f"{self.url}: {doing}: {e}") from None
+
+    def _endpoint(self) -> str:
+        return str(self._client.meta.endpoint_url)
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _kind(error: BotoCoreError) -> str:
+    return type(error).__name__

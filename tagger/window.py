@@ -1,0 +1,133 @@
+"""Today's rows: which rows of the source a run takes."""
+
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from tagger.dataset import Dataset
+from tagger.exceptions import InputError
+
+RunKind = Literal["regular", "backfill"]
+"""Every run that is not of a backfill is regular: scheduled, triggered in any way, or of the console script."""
+
+ONE_DAY = timedelta(days=1)
+
+
+class Selection(BaseModel):
+    """The rows that a run takes. Rows whose `updated_at` is NULL are always among them.
+
+    `start` and `end` bound a half-open window of instants; both are None where the whole table is taken. With
+    `unfinished`, rows whose target row is `failed`, `skipped` or `pending` are taken besides.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: Literal["window", "day", "all"]
+    start: AwareDatetime | None = None
+    end: AwareDatetime | None = None
+    unfinished: bool
+
+    def describe(self, zone: ZoneInfo) -> str:
+        """Return the selection in words, with times in `zone`."""
+        if self.start is None or self.end is None:
+            return "all rows"
+        text = f"{self.start.astimezone(zone):%Y-%m-%d %H:%M} to {self.end.astimezone(zone):%Y-%m-%d %H:%M}"
+        return text + (", and rows not finished before" if self.unfinished else "")
+
+    def takes(self, updated_at: datetime | date | None, zone: ZoneInfo) -> bool:
+        """Return whether a row changed at `updated_at` lies in the window; naive times are of `zone`.
+
+        A plain date stands for its whole day: it lies in the window if a moment of it does.
+        """
+        if updated_at is None or self.start is None or self.end is None:
+            return True
+        if isinstance(updated_at, datetime):
+            low, high = (updated_at, updated_at) if updated_at.tzinfo else naive_range(updated_at, zone)
+            return high >= self.start and low < self.end
+        first, after = self.date_bounds(zone)
+        return first <= updated_at < after
+
+    def date_bounds(self, zone: ZoneInfo) -> tuple[date, date]:
+        """Return the first date of the window, and the first one after it, in `zone`."""
+        assert self.start is not None and self.end is not None
+        last = (self.end - timedelta(microseconds=1)).astimezone(zone).date()
+        return self.start.astimezone(zone).date(), last + ONE_DAY
+
+    def naive_bounds(self, zone: ZoneInfo) -> tuple[datetime, datetime]:
+        """Return the window as naive times of `zone`, widened where the clocks go back so that no row falls out."""
+        assert self.start is not None and self.end is not None
+        start, end = self.start.astimezone(zone), self.end.astimezone(zone)
+        low, high = start.replace(tzinfo=None), end.replace(tzinfo=None)
+        if start.fold == 0:
+            low -= _repeated(low, zone)
+        if end.fold == 1:
+            high += _repeated(high, zone)
+        return low, high
+
+
+def _repeated(naive: datetime, zone: ZoneInfo) -> timedelta:
+    """Return by how much the clocks go back at an ambiguous time; zero if it is not ambiguous."""
+    first, second = (naive.replace(tzinfo=zone, fold=fold).utcoffset() or timedelta() for fold in (0, 1))
+    return max(first - second, timedelta())
+
+
+def naive_range(naive: datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
+    """Return the earliest and the latest instant that a naive time of `zone` may mean."""
+    instants = [naive.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1)]
+    return min(instants), max(instants)
+
+
+def select_rows(
+    dataset: Dataset, *, end: datetime, kind: RunKind = "regular", day: date | None = None, all_rows: bool = False
+) -> Selection:
+    """Return the rows that a run takes.
+
+    Args:
+        dataset: its schedule, time zone and lookback bound the window.
+        end: the run's logical date, or where it has none its `run_after`; outside Airflow, now.
+        kind: backfill runs take their window and nothing else, without lookback.
+        day: this calendar day of the dataset's time zone instead, without lookback.
+        all_rows: the whole table.
+
+    Raises:
+        InputError: the arguments exclude each other.
+    """
+    if day is not None and kind == "backfill":
+        raise InputError("`target_date` cannot be set in a backfill: each of its runs has a date of its own")
+    if day is not None and all_rows:
+        raise InputError("a day and all rows exclude each other")
+    if day is not None and dataset.source.updated_at is None:
+        raise InputError(
+            "`target_date` needs `source.updated_at` in the dataset file: without it every run takes all rows"
+        )
+    if all_rows or dataset.source.updated_at is None:
+        return Selection(rows="all", unfinished=kind == "regular")
+    if day is not None:
+        zone = dataset.zone
+        return Selection(
+            rows="day",
+            start=datetime.combine(day, time(), zone).astimezone(UTC),
+            end=datetime.combine(day + ONE_DAY, time(), zone).astimezone(UTC),
+            unfinished=False,
+        )
+    end = datetime.fromisoformat(end.isoformat()).astimezone(UTC)  # Airflow's pendulum times lose their zone in sums
+    lookback = timedelta() if kind == "backfill" else dataset.source.lookback
+    start = min(previous_firing(dataset, end), end - ONE_DAY) - lookback
+    return Selection(rows="window", start=start, end=end, unfinished=kind == "regular")
+
+
+def previous_firing(dataset: Dataset, end: datetime) -> datetime:
+    """Return the last firing of the schedule before `end`; `end` itself where the schedule is no cron expression."""
+    if not isinstance(dataset.schedule, str):
+        return end
+    from croniter import croniter
+
+    zone = dataset.zone
+    firings = croniter(dataset.schedule, end.astimezone(zone).replace(tzinfo=None))
+    while True:
+        # On wall clock times, as Airflow counts: one that the clocks skip or repeat is still one firing.
+        earliest, latest = naive_range(firings.get_prev(datetime), zone)
+        if latest < end:
+            return earliest

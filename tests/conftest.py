@@ -1,0 +1,86 @@
+"""An environment without the user's accounts, and the servers the tests share.
+
+Each server starts when a test first asks for it; under pytest-xdist each worker has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FOREIGN = ("AIRFLOW_", "AWS_", "OPENAI_", "TAGGER_")
+
+
+def _isolate(home: Path) -> None:
+    """Points Airflow and AWS to nothing but `home`; Airflow reads these variables when it is first imported."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    os.environ.update(
+        AIRFLOW_HOME=str(home),
+        AIRFLOW__CORE__DAGS_FOLDER=str(REPOSITORY / "dags"),
+        AIRFLOW__CORE__LOAD_EXAMPLES="False",
+        AIRFLOW__CORE__PLUGINS_FOLDER=str(REPOSITORY / "plugins"),
+        AIRFLOW__DATABASE__SQL_ALCHEMY_CONN=f"sqlite:///{home / 'airflow.db'}",
+        AWS_CONFIG_FILE=str(home / "no-aws-config"),
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_EC2_METADATA_DISABLED="true",
+        AWS_SHARED_CREDENTIALS_FILE=str(home / "no-aws-credentials"),
+        NO_PROXY="127.0.0.1,localhost",
+        no_proxy="127.0.0.1,localhost",
+    )
+
+
+AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="tagger-tests-"))
+_isolate(AIRFLOW_HOME)
+sys.path.insert(0, str(REPOSITORY))
+
+from demo.servers import SeaweedFS  # noqa: E402 - after the environment is ours
+from tests.servers import Moto, PostgreSQL, S3Store  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    """Removes what Airflow left in its home."""
+    shutil.rmtree(AIRFLOW_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Store]:
+    """An S3 server on disk, with a bucket."""
+    home = tmp_path_factory.mktemp("seaweedfs")
+    with SeaweedFS(home / "data", home / "seaweedfs.log") as server:
+        store = S3Store(server.endpoint, server.access_key, server.secret_key, "tagger")
+        yield _with_bucket(store)
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
+    """A PostgreSQL server; a test that writes creates a database of its own."""
+    with PostgreSQL(tmp_path_factory.mktemp("postgresql")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[S3Store]:
+    """An S3 server in memory, with a bucket."""
+    with Moto() as server:
+        yield _with_bucket(S3Store(server.endpoint, "moto", "moto", "tagger"))
+
+
+@pytest.fixture
+def s3_bucket(moto_server: S3Store) -> S3Store:
+    """A bucket of its own for each test, in the S3 server in memory."""
+    bucket = f"test-{secrets.token_hex(8)}"
+    return _with_bucket(S3Store(moto_server.endpoint, moto_server.access_key, moto_server.secret_key, bucket))
+
+
+def _with_bucket(store: S3Store) -> S3Store:
+    store.client().create_bucket(Bucket=store.bucket)
+    return store
