@@ -93,8 +93,7 @@ def _paths(names: list[str]) -> list[Path]:
 def _open(options: argparse.Namespace, connections: Connections) -> Any:
     from tagger.runs import open_run
 
-    dataset = _dataset(options)
-    return open_run(dataset, options.run_id, connections, max_connections=dataset.llm.concurrency + 16)
+    return open_run(_dataset(options), options.run_id, connections)
 
 
 def _check(options: argparse.Namespace, connections: Connections) -> None:

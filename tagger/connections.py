@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from tagger.exceptions import InputError, Unreachable
 
@@ -29,6 +29,10 @@ LIBPQ_PARAMETERS: tuple[str, ...] = (
 )
 LIBPQ_PARAMETERS += ("sslcrl", "sslkey", "sslmode", "sslpassword", "sslrootcert", "target_session_attrs")
 """Keys of a PostgreSQL connection's extra that libpq takes; Airflow's own (cursor, iam, …) are not passed on."""
+
+
+MAX_S3_CONNECTIONS = 256
+"""Kept open at most; they are opened as they are needed."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _database_url(connection: Connection) -> "sa.URL":
         path = Path(connection.host or "/" + (connection.schema or "").lstrip("/"))
         if not path.is_file():
             raise InputError(f"connection `{connection.conn_id}`: no SQLite file {path}")
-        return sa.URL.create("sqlite", database=f"file:{path}", query={"mode": "rw", "uri": "true"})
+        return sa.URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": "rw", "uri": "true"})
     if connection.conn_type == "postgres":
         query = {k: str(v) for k, v in connection.extra.items() if k in LIBPQ_PARAMETERS}
         return sa.URL.create(
@@ -158,7 +162,7 @@ def unreachable_database(conn_id: str, error: Exception) -> Unreachable:
     return Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}")
 
 
-def s3_client(conn_id: str, connections: Connections, *, max_connections: int = 64) -> "S3Client":
+def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     """Return an S3 client for an Airflow `aws` connection, or for the AWS SDK's own chain where there is none.
 
     Read of the connection: login and password (the key pair), and from its extra `aws_session_token`, `region_name`,
@@ -183,7 +187,7 @@ def s3_client(conn_id: str, connections: Connections, *, max_connections: int = 
     config = Config(
         connect_timeout=10,
         read_timeout=60,
-        max_pool_connections=max_connections,
+        max_pool_connections=MAX_S3_CONNECTIONS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "max_attempts": 6},

@@ -7,6 +7,7 @@ TaggerError                the work failed (exit code 1)
 ├── StorageError           S3 failed in the middle of the work
 ├── RunFailed              the run ended, and its result is not acceptable
 ├── LLMStopped             the endpoint refuses every call: no further call is made
+│   └── LLMUnreachable     it did not even answer the first ones
 └── TextFailed             one text got no answer; the run goes on
 
 No message ever holds a text of the source table.
@@ -67,6 +68,10 @@ class LLMStopped(TaggerError):
     def __init__(self, message: str, *, at_start: bool) -> None:
         super().__init__(message)
         self.exit_code = 2 if at_start else 1
+
+
+class LLMUnreachable(LLMStopped):
+    """The endpoint does not answer; a later try may find it back."""
 
 
 class TextFailed(TaggerError):

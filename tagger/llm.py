@@ -15,7 +15,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
-from tagger.exceptions import LLMStopped, TextFailed
+from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
 from tagger.prompt import BadAnswer, messages, read_answer, response_format
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Client:
         except _Again as e:
             kind, message = e.failed.kind, str(e.failed)
         if kind == "connection" and not self._answered.is_set():
-            raise self._refused(f"{self._endpoint()} does not answer: {message}")
+            raise self._refused(f"{self._endpoint()} does not answer: {message}", LLMUnreachable)
         raise TextFailed(kind, message)
 
     def _try(self, key: str, text: str, spend: Callable[[Usage], None]) -> "ChatCompletion":
@@ -209,9 +209,9 @@ class Client:
                 )
         return TextFailed("rejected", f"HTTP {status}{_paren(code)}")
 
-    def _refused(self, message: str) -> LLMStopped:
+    def _refused(self, message: str, error: type[LLMStopped] = LLMStopped) -> LLMStopped:
         if self.stopped_by is None:
-            self.stopped_by = LLMStopped(message, at_start=not self._answered.is_set())
+            self.stopped_by = error(message, at_start=not self._answered.is_set())
         self._stop.set()
         return self.stopped_by
 

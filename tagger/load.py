@@ -264,6 +264,6 @@ class Loading:
         each = {"postgresql": sa.func.jsonb_array_elements_text, "sqlite": sa.func.json_each}
         tags = each[self._connection.dialect.name](self._target.c.tags).table_valued("value")
         count = sa.func.count()
-        query = sa.select(tags.c.value, count).select_from(self._target, tags).group_by(tags.c.value)
+        query = sa.select(tags.c.value, count).select_from(self._target.join(tags, sa.true())).group_by(tags.c.value)
         rows = self._connection.execute(query.order_by(count.desc(), tags.c.value)).tuples()
         return dict(rows.all())

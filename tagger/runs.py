@@ -248,9 +248,9 @@ def _temporary_file() -> Iterator[Path]:
         raise StorageError(f"temporary files in {tempfile.gettempdir()}: {e.strerror or type(e).__name__}") from None
 
 
-def open_run(dataset: Dataset, run_id: str, connections: Connections, *, max_connections: int = 64) -> Run:
-    """Return a run of a dataset, with the storage that the dataset names."""
-    storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections, max_connections=max_connections)
+def open_run(dataset: Dataset, run_id: str, connections: Connections) -> Run:
+    """Return a run of a dataset, in the storage that the dataset names."""
+    storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections)
     return Run(storage, dataset.dataset, run_id)
 
 

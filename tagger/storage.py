@@ -37,9 +37,9 @@ class Storage:
         self._client = client
 
     @classmethod
-    def connect(cls, url: str, conn_id: str, connections: Connections, *, max_connections: int = 64) -> Storage:
+    def connect(cls, url: str, conn_id: str, connections: Connections) -> Storage:
         """Return the storage at `url`, with the client of an Airflow connection."""
-        return cls(url, s3_client(conn_id, connections, max_connections=max_connections))
+        return cls(url, s3_client(conn_id, connections))
 
     def get(self, path: str) -> bytes | None:
         """Return an object's body, or None where there is none."""

@@ -43,6 +43,8 @@ _isolate(AIRFLOW_HOME)
 sys.path.insert(0, str(REPOSITORY))
 
 from demo.servers import SeaweedFS  # noqa: E402 - after the environment is ours
+from demo.stand_in import StandIn  # noqa: E402
+from tests.project import Project, sqlite_project  # noqa: E402
 from tests.servers import Moto, PostgreSQL, S3Store  # noqa: E402
 
 
@@ -84,3 +86,16 @@ def s3_bucket(moto_server: S3Store) -> S3Store:
 def _with_bucket(store: S3Store) -> S3Store:
     store.client().create_bucket(Bucket=store.bucket)
     return store
+
+
+@pytest.fixture
+def llm() -> Iterator[StandIn]:
+    """An offline stand-in that nobody has asked yet."""
+    with StandIn(keep_texts=True) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def project(tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
+    """A dataset over SQLite, moto and the stand-in."""
+    return sqlite_project(tmp_path, s3_bucket, llm)

@@ -1,0 +1,106 @@
+"""The steps as Airflow's tasks call them: with Airflow's connections and the run's own dates.
+
+Only counts and shard numbers are returned, for they go into XCom.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import get_current_context
+from airflow.sdk.exceptions import AirflowFailException
+
+from tagger.airflow.connections import connections_from_airflow
+from tagger.dataset import Dataset, load_dataset
+from tagger.exceptions import InputError, LLMStopped, LLMUnreachable, RunFailed, Unreachable
+from tagger.window import RunKind, Selection, select_rows
+
+if TYPE_CHECKING:
+    from tagger.runs import Run
+
+
+def snapshot(path: Path) -> dict[str, Any]:
+    """Take the run's rows out of the source; return where they are, so that a later edit of the file moves nothing."""
+    from tagger import snapshot as step
+
+    with _airflow_errors():
+        dataset = load_dataset(path)
+        where = {"dataset": dataset.dataset, "storage": dataset.storage, "conn_id": dataset.storage_conn_id}
+        taken = step.snapshot(dataset, _run_in(where), _selection(dataset), connections_from_airflow)
+        return {**where, "rows": taken.rows}
+
+
+def plan() -> list[dict[str, Any]]:
+    """Write the shards, and return what the tag step is mapped over."""
+    from tagger import plan as step
+
+    with _airflow_errors():
+        planned = step.plan(_run(), connections_from_airflow)
+        return [{"shard": shard.shard, "name": shard.name} for shard in planned.shards]
+
+
+def tag(shard: int) -> dict[str, int]:
+    """Tag a shard; return the number of its texts by status."""
+    from tagger import tag as step
+
+    with _airflow_errors():
+        return step.tag(_run(), shard, connections_from_airflow)
+
+
+def load_back() -> dict[str, int]:
+    """Write the tags into the target table."""
+    from tagger import load as step
+
+    with _airflow_errors():
+        loaded = step.load_back(_run(), connections_from_airflow)
+        return {"written": loaded.written, "deleted": loaded.deleted}
+
+
+def report() -> dict[str, Any]:
+    """Write the summary, and fail the run if it is not acceptable."""
+    from tagger import report as step
+
+    with _airflow_errors():
+        summary = step.report(_run())
+        counts = ("rows", "texts", "cached", "tagged", "refused", "failed", "skipped", "cost_usd", "saved_usd")
+        return summary.model_dump(include=set(counts))
+
+
+def _run() -> "Run":
+    return _run_in(get_current_context()["ti"].xcom_pull(task_ids="snapshot"))
+
+
+def _run_in(where: dict[str, str]) -> "Run":
+    from tagger.runs import Run
+    from tagger.storage import Storage
+
+    storage = Storage.connect(where["storage"], where["conn_id"], connections_from_airflow)
+    return Run(storage, where["dataset"], get_current_context()["dag_run"].run_id)
+
+
+def _selection(dataset: Dataset) -> Selection:
+    """Return the rows of the present run. A run without a logical date (API, assets) counts from its `run_after`."""
+    context = get_current_context()
+    dag_run, params = context["dag_run"], context["params"]
+    kind: RunKind = "backfill" if dag_run.run_type == "backfill" else "regular"
+    day = params.get("target_date")
+    return select_rows(
+        dataset,
+        end=dag_run.logical_date or dag_run.run_after,
+        kind=kind,
+        day=date.fromisoformat(day) if day else None,
+        all_rows=params.get("rows") == "all",
+    )
+
+
+@contextmanager
+def _airflow_errors() -> Iterator[None]:
+    """Let Airflow try again what may pass, and nothing else."""
+    try:
+        yield
+    except (Unreachable, LLMUnreachable):
+        raise
+    except (InputError, LLMStopped, RunFailed) as e:
+        raise AirflowFailException(str(e)) from None
