@@ -58,7 +58,6 @@ class Storage:
                 return self._client.head_object(Bucket=self.bucket, Key=self._prefix + path)["ContentLength"]
             except ClientError as e:
                 if _code(e) in NOT_FOUND:
-                    self._check_bucket(e)
                     return None
                 raise
 
@@ -131,15 +130,6 @@ class Storage:
                 if isinstance(cause, ClientError):
                     raise cause from None
                 raise StorageError(f"{self.url}: {doing}: {type(e).__name__}") from None
-
-    def _check_bucket(self, error: ClientError) -> None:
-        """A HEAD answers 404 for a missing bucket too: tell the two apart by the bucket's own HEAD."""
-        try:
-            self._client.head_bucket(Bucket=self.bucket)
-        except ClientError as e:
-            if _code(e) in NOT_FOUND:
-                raise InputError(self._no_bucket()) from error
-            raise
 
     def _no_bucket(self) -> str:
         return f"{self.url}: no bucket `{self.bucket}` (`tagger check --create` makes it)"

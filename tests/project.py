@@ -15,7 +15,7 @@ from tagger.exceptions import TaggerError
 from tagger.load import load_back
 from tagger.plan import plan
 from tagger.report import Summary, report
-from tagger.runs import Run, open_run
+from tagger.runs import IdType, Run, open_run
 from tagger.snapshot import snapshot
 from tagger.tables import new_target, reflect
 from tagger.tag import tag
@@ -96,7 +96,7 @@ class Project:
             found = reflect(connection, self.dataset.target.table)
             if found is None:
                 return {}
-            ids = "integer" if isinstance(found.c.row_id.type, sa.Integer) else "text"
+            ids: IdType = "integer" if isinstance(found.c.row_id.type, sa.Integer) else "text"
             table = new_target(self.dataset.target.table, ids)
             return {row.row_id: row for row in connection.execute(sa.select(table))}
 
