@@ -265,5 +265,5 @@ class Loading:
         tags = each[self._connection.dialect.name](self._target.c.tags).table_valued("value")
         count = sa.func.count()
         query = sa.select(tags.c.value, count).select_from(self._target.join(tags, sa.true())).group_by(tags.c.value)
-        rows = self._connection.execute(query.order_by(count.desc(), tags.c.value)).tuples()
-        return dict(rows.all())
+        rows = self._connection.execute(query.order_by(count.desc(), tags.c.value))
+        return {str(tag): int(n) for tag, n in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import secrets
@@ -250,6 +251,7 @@ class Moto:
         """Starts the server and returns when it listens."""
         from moto.server import ThreadedMotoServer  # takes most of a second to import
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else it logs every request
         self._server = ThreadedMotoServer(ip_address=LOOPBACK, port=0, verbose=False)
         self._server.start()
         return self
