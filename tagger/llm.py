@@ -81,10 +81,9 @@ class Client:
         """Make no further call; those in flight come to their end, and waiting ones give up."""
         self._stop.set()
 
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called or the endpoint refused to be asked on."""
-        return self._stop.is_set()
+    def close(self) -> None:
+        """Close the connections to the endpoint."""
+        self._client.close()
 
     def ask(self, key: str, text: str, spend: Callable[[Usage], None]) -> Answer:
         """Ask for the tags of a text.

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 from tagger.cache import Cache, Record
@@ -127,7 +127,7 @@ def tag(run: Run, number: int, connections: Connections) -> dict[str, int]:
         if dataset.limits.max_cost_usd is not None:
             budget = dataset.limits.max_cost_usd / len(plan.shards) - spent
         asker = ShardAsker(cache, client, ledger, shard_texts.row_ids, budget)
-        with _progress(shard, ledger, len(answered)):
+        with closing(client), _progress(shard, ledger, len(answered)):
             _build(dataset, shard, shard_texts, asker, client)
         counts = ledger.counts()
     logger.info("%s: %s", shard.name, ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing to do")
