@@ -1,0 +1,34 @@
+"""A process that runs DAGs with `dag.test()`: one JSON line in for each run, one JSON line out at its end.
+
+It is kept for all runs of the demo, since importing Airflow and starting its first run take most of the time. What
+Airflow itself prints goes to stderr.
+"""
+
+import json
+import os
+import runpy
+import sys
+from datetime import datetime
+from pathlib import Path
+
+
+def main() -> None:
+    """Answer the requests on stdin until it is closed."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from airflow.utils.db import initdb
+
+    if not (Path(os.environ["AIRFLOW_HOME"]) / "airflow.db").exists():
+        initdb()
+    dags = runpy.run_path(str(Path(os.environ["AIRFLOW__CORE__DAGS_FOLDER"], "tagging.py")))
+
+    print(json.dumps({"ready": True}), file=answers)
+    for line in sys.stdin:
+        request = json.loads(line)
+        dag = dags[request["dag_id"]]
+        run = dag.test(logical_date=datetime.fromisoformat(request["logical_date"]), run_conf=request["conf"])
+        print(json.dumps({"run_id": run.run_id, "state": str(run.state)}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

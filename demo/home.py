@@ -1,0 +1,133 @@
+"""Where the demo keeps everything, and the environment in which its parts run."""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.servers import SeaweedFS
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAND_IN_MODEL = "offline-stand-in"
+BUCKET = "tagger"
+USER = "admin"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The demo's folder, `.demo/offline` or `.demo/live`: both are forgotten by `--reset`."""
+
+    live: bool
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return REPOSITORY / ".demo" / ("live" if self.live else "offline")
+
+    @property
+    def database(self) -> Path:
+        """The source and target database."""
+        return self.path / "tables.db"
+
+    @property
+    def airflow(self) -> Path:
+        """Airflow's home."""
+        return self.path / "airflow"
+
+    @property
+    def datasets(self) -> Path:
+        """The dataset files, changed for the demo."""
+        return self.path / "datasets"
+
+    @property
+    def logs(self) -> Path:
+        """What the servers and Airflow print."""
+        return self.path / "logs"
+
+    def prepare(self) -> None:
+        """Make the folders and the dataset files."""
+        for folder in (self.path, self.airflow, self.datasets, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        for old in self.datasets.glob("*.yaml"):
+            old.unlink()
+        for source in sorted((REPOSITORY / "dags" / "datasets").glob("*.yaml")):
+            content = source.read_text(encoding="utf-8")
+            if self.live:
+                content = content.replace("storage: s3://tagger", "storage: s3://tagger/live")
+            else:
+                content = content.replace("model: gpt-5-mini", f"model: {STAND_IN_MODEL}")
+            (self.datasets / source.name).write_text(content, encoding="utf-8")
+
+    def lock(self) -> bool:
+        """Take the folder for this process, until it ends; return whether it was free."""
+        file = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def store(self) -> SeaweedFS:
+        """Return the S3 server, not started yet."""
+        return SeaweedFS(self.path / "s3", self.logs / "s3.log")
+
+    def password(self) -> str:
+        """Return the password of the Airflow user, made once."""
+        file = self.airflow / "passwords.json"
+        if not file.exists():
+            file.write_text(json.dumps({USER: secrets.token_urlsafe(9)}))
+            file.chmod(0o600)
+        return str(json.loads(file.read_text())[USER])
+
+    def environment(self, store: SeaweedFS, llm_url: str | None) -> dict[str, str]:
+        """Return the environment of Airflow and the `tagger` command: connections, folders, loopback only."""
+        aws = {
+            "conn_type": "aws",
+            "login": store.access_key,
+            "password": store.secret_key,
+            "extra": {"endpoint_url": store.endpoint, "region_name": "us-east-1"},
+        }
+        connections = {
+            "TAGGER_DB": {"conn_type": "sqlite", "host": str(self.database)},
+            "AWS_DEFAULT": aws,
+        }
+        if llm_url is not None:
+            connections["OPENAI_DEFAULT"] = {"conn_type": "openai", "host": llm_url, "password": "not-needed"}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "AWS_", "TAGGER_"))}
+        return {
+            **inherited,
+            **{f"AIRFLOW_CONN_{name}": json.dumps(fields) for name, fields in connections.items()},
+            "AIRFLOW_HOME": str(self.airflow),
+            "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
+            "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
+            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__PARALLELISM": "4",
+            "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self.airflow / "passwords.json"),
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.airflow / 'airflow.db'}",
+            "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(self.airflow / "logs"),
+            "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONUNBUFFERED": "1",
+            "TAGGER_DATASETS": str(self.datasets),
+        }
+
+
+def forget() -> bool:
+    """Delete all that the demo ever kept; return whether there was something."""
+    folder = REPOSITORY / ".demo"
+    if not folder.exists():
+        return False
+    shutil.rmtree(folder)
+    return True

@@ -1,0 +1,76 @@
+"""Projects over either database, and a counter of the S3 requests that the steps make."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from demo.stand_in import StandIn
+from tagger.connections import Connection
+from tagger.storage import Storage
+from tests.project import MINIMAL, Project, merged, sqlite_project
+from tests.servers import Database, PostgreSQL, S3Store
+
+MakeProject = Callable[[str], Project]
+"""Makes a project over `sqlite` or `postgresql`."""
+
+DATABASES = ("sqlite", "postgresql")
+
+
+def database_connection(database: Database, conn_id: str = "db") -> Connection:
+    """Return the Airflow connection of a PostgreSQL database."""
+    return Connection(
+        conn_id, "postgres", "127.0.0.1", database.port, database.user, database.password, schema=database.name
+    )
+
+
+def postgresql_project(server: PostgreSQL, store: S3Store, llm: StandIn) -> Project:
+    """Return a project with a PostgreSQL database of its own, with a table `notes(id, body, updated_at)`."""
+    database = server.create_database(f"test_{uuid.uuid4().hex}")
+    project = Project(
+        store,
+        llm,
+        database_connection(database),
+        sa.create_engine(database.url, poolclass=sa.NullPool),
+        merged(MINIMAL, {"storage": f"s3://{store.bucket}"}),
+    )
+    project.execute("CREATE TABLE notes (id BIGINT PRIMARY KEY, body TEXT, updated_at TIMESTAMPTZ)")
+    return project
+
+
+def make_project(kind: str, folder: Path, store: S3Store, llm: StandIn, server: Callable[[], PostgreSQL]) -> Project:
+    """Return a project over a database of this kind; `server` is asked only where it is needed."""
+    return sqlite_project(folder, store, llm) if kind == "sqlite" else postgresql_project(server(), store, llm)
+
+
+@dataclass
+class Requests:
+    """The S3 requests that a storage made: operation and key, in order."""
+
+    made: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests by operation, such as `GetObject`."""
+        return dict(Counter(operation for operation, _ in self.made))
+
+    def of(self, operation: str, under: str = "") -> list[str]:
+        """Return the keys that were asked for by an operation."""
+        return [key for made, key in self.made if made == operation and key.startswith(under)]
+
+
+def watch(storage: Storage) -> Requests:
+    """Note the requests of a storage from now on, by its client's own events."""
+    requests = Requests()
+
+    def note(params: dict[str, Any], model: Any, **_: object) -> None:
+        requests.made.append((model.name, str(params.get("Key", params.get("Prefix", "")))))
+
+    storage._client.meta.events.register("provide-client-params.s3", note)
+    return requests

@@ -1,0 +1,297 @@
+"""The cache: which texts have an answer, at how many requests, and what a bad record does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tagger.cache import RECORD_VERSION, SMALLEST_RECORD, Cache, DamagedRecord, Record, Usage, parse_record
+from tagger.connections import Connection
+from tagger.exceptions import InputError
+from tagger.storage import Storage
+from tests.databases import watch
+from tests.servers import S3Store
+
+SPEC = "0123456789ab"
+MODEL = "gpt-5-mini"
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
+
+
+def key(number: int, prefix: str = "") -> str:
+    """Returns one of the keys that begin with `prefix`."""
+    return (prefix + f"{number:032x}"[::-1])[:32]
+
+
+def record(**fields: Any) -> Record:
+    defaults: dict[str, Any] = {
+        "status": "tagged",
+        "tags": ["cardiology"],
+        "model": MODEL,
+        "usage": Usage(input=100, cached_input=50, output=7),
+        "cost_usd": 0.001,
+        "finish_reason": "stop",
+        "created_at": NOON,
+    }
+    return Record(**defaults | fields)
+
+
+def body(**fields: object) -> bytes:
+    """Returns a record's JSON with some fields changed; those set to `...` are left out."""
+    changed = json.loads(record().to_bytes()) | fields
+    return json.dumps({name: value for name, value in changed.items() if value is not ...}).encode()
+
+
+@pytest.fixture
+def storage(s3_bucket: S3Store) -> Storage:
+    connection = Connection("s3", "aws", login="moto", password="moto", extra={"endpoint_url": s3_bucket.endpoint})
+    return Storage.connect(f"s3://{s3_bucket.bucket}", "s3", lambda _: connection)
+
+
+@pytest.fixture
+def cache(storage: Storage) -> Cache:
+    return Cache(storage, SPEC, MODEL)
+
+
+def fill(cache: Cache, storage: Storage, keys: Iterable[str]) -> None:
+    """Puts records there that the cache itself has not seen."""
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda k: storage.put(cache.path(k), record().to_bytes()), keys))
+
+
+def test_a_record_lies_where_the_design_says(cache: Cache, storage: Storage) -> None:
+    cache.write(key(0xAB), record())
+
+    [(path, _)] = storage.list("")
+    assert path == f"cache/{SPEC}/ba/tag_ba{30 * '0'}.json"
+
+
+def test_a_written_record_is_found_and_read(cache: Cache, storage: Storage) -> None:
+    cache.write(key(1), record())
+
+    later = Cache(storage, SPEC, MODEL)
+    assert later.find([key(1), key(2)]) == {key(1)}
+    assert later.read(key(1)) == record()
+    assert later.read(key(2)) is None
+    assert later.read_many([key(1), key(2)]) == {key(1): record()}
+
+
+def test_specs_share_nothing(cache: Cache, storage: Storage) -> None:
+    cache.write(key(1), record())
+
+    assert Cache(storage, "ba9876543210", MODEL).find([key(1)]) == set()
+
+
+def test_finding_none_makes_no_request(cache: Cache, storage: Storage) -> None:
+    requests = watch(storage)
+
+    assert cache.find([]) == set()
+    assert requests.made == []
+
+
+def test_writing_is_one_request(cache: Cache, storage: Storage) -> None:
+    requests = watch(storage)
+
+    cache.write(key(1), record())
+
+    assert requests.counts == {"PutObject": 1}
+
+
+def test_completeness_is_answered_from_what_was_seen(cache: Cache, storage: Storage) -> None:
+    fill(cache, storage, [key(1), key(2)])
+    cache.find([key(1)])
+    cache.write(key(3), record())
+    cache.read(key(2))
+    requests = watch(storage)
+
+    assert [cache.complete(key(n)) for n in range(5)] == [False, True, True, True, False]
+    assert requests.made == []
+
+
+def test_a_removed_record_is_not_complete(cache: Cache) -> None:
+    cache.write(key(1), record())
+
+    cache.remove(key(1))
+
+    assert not cache.complete(key(1))
+    assert cache.read(key(1)) is None
+
+
+# One of 256 prefixes is looked into: 100 records there are taken for 25,600, so that a listing takes about 42 requests.
+@pytest.mark.parametrize(
+    ("in_sample", "wanted", "operation"),
+    [
+        pytest.param(0, 5, "HeadObject", id="few-wanted-of-none"),
+        pytest.param(0, 40, "ListObjectsV2", id="many-wanted-of-none"),
+        pytest.param(100, 30, "HeadObject", id="few-wanted-of-many"),
+        pytest.param(100, 60, "ListObjectsV2", id="many-wanted-of-many"),
+    ],
+)
+def test_keys_are_asked_for_in_the_way_that_needs_fewer_requests(
+    cache: Cache, storage: Storage, in_sample: int, wanted: int, operation: str
+) -> None:
+    there = [key(n, "00") for n in range(1, in_sample + 1)]
+    fill(cache, storage, there)
+    missing = [key(n, "5") for n in range(wanted - wanted // 2)]
+    stored = [key(n, "f") for n in range(wanted // 2)]
+    fill(cache, storage, stored)
+    requests = watch(storage)
+
+    assert cache.find(stored + missing) == set(stored)
+
+    assert set(requests.counts) <= {"ListObjectsV2", operation}
+    assert len(requests.made) <= min(in_sample * 256 / 1000 + 17, wanted + 1)
+
+
+@pytest.mark.parametrize("wanted", [1, 40], ids=["one-by-one", "by-listing"])
+def test_a_truncated_object_counts_as_missing(cache: Cache, storage: Storage, wanted: int) -> None:
+    keys = [key(n) for n in range(1, wanted + 1)]
+    fill(cache, storage, keys)
+    storage.put(cache.path(keys[0]), record().to_bytes()[: SMALLEST_RECORD - 1])
+
+    assert cache.find(keys) == set(keys[1:])
+    assert not cache.complete(keys[0])
+
+
+def test_the_smallest_record_there_can_be_does_not_count_as_truncated() -> None:
+    smallest = record(tags=[], model="", cost_usd=None, finish_reason="", usage=Usage(), created_at=datetime.min)
+
+    assert len(smallest.to_bytes()) >= SMALLEST_RECORD
+
+
+def test_other_objects_below_the_prefix_are_no_records(cache: Cache, storage: Storage) -> None:
+    storage.put(f"cache/{SPEC}/ba/notes.txt", b"x" * 200)
+    storage.put(f"cache/{SPEC}/ba/tag_{key(1)}.json.tmp", b"x" * 200)
+
+    assert cache.find([key(n) for n in range(40)]) == set()
+
+
+GARBAGE = [
+    pytest.param(b"", id="empty"),
+    pytest.param(record().to_bytes()[:-20], id="cut-off"),
+    pytest.param(b"\x00" * 300, id="zeros"),
+    pytest.param(b"\xff\xfe\x00garbage" * 30, id="no-utf8"),
+    pytest.param(b"<html>" + b"proxy error" * 20 + b"</html>", id="html"),
+    pytest.param(b"[]", id="list"),
+    pytest.param(b"null", id="null"),
+    pytest.param(b'"' + b"x" * 200 + b'"', id="text"),
+    pytest.param(b"[" * 100_000, id="deep"),
+    pytest.param(b"{}", id="no-fields"),
+    pytest.param(body(version=...), id="no-version"),
+    pytest.param(body(version="new"), id="version-is-a-word"),
+    pytest.param(body(status="done"), id="unknown-status"),
+    pytest.param(body(status=...), id="no-status"),
+    pytest.param(body(tags=None), id="no-tags"),
+    pytest.param(body(tags=[1]), id="tags-are-numbers"),
+    pytest.param(body(usage="much"), id="usage-is-a-word"),
+    pytest.param(body(created_at="yesterday"), id="no-time"),
+    pytest.param(body(model="offline-stand-in"), id="of-the-stand-in"),
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_damaged_record_is_deleted_and_warned_about(
+    cache: Cache, storage: Storage, caplog: pytest.LogCaptureFixture, garbage: bytes
+) -> None:
+    storage.put(cache.path(key(1)), garbage)
+    cache.find([key(1)])
+
+    assert cache.read(key(1)) is None
+
+    assert storage.size(cache.path(key(1))) is None
+    assert not cache.complete(key(1))
+    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
+        (logging.WARNING, f"damaged cache record deleted: {cache.path(key(1))}")
+    ]
+
+
+def test_a_record_of_a_newer_version_is_an_error_and_stays(cache: Cache, storage: Storage) -> None:
+    newer = body(version=RECORD_VERSION + 1, status="split", tags=...)
+    storage.put(cache.path(key(1)), newer)
+
+    with pytest.raises(InputError, match=f"version {RECORD_VERSION + 1}.* upgrade"):
+        cache.read(key(1))
+
+    assert storage.get(cache.path(key(1))) == newer
+
+
+def test_a_field_that_this_version_does_not_know_is_no_damage() -> None:
+    assert parse_record(body(note="from a later patch release"), MODEL) == record()
+
+
+def test_records_of_version_1_stay_readable() -> None:
+    golden = (
+        b'{"version":1,"status":"tagged","reason":null,"tags":["cardiology"],"model":"gpt-5-mini",'
+        b'"usage":{"input":100,"cached_input":50,"output":7},"cost_usd":0.001,"finish_reason":"stop",'
+        b'"asked":"online","created_at":"2026-07-01T12:00:00Z"}'
+    )
+
+    assert parse_record(golden, MODEL) == record()
+
+
+def test_the_stand_in_is_believed_only_where_it_is_the_model() -> None:
+    by_stand_in = record(model="offline-stand-in")
+
+    assert parse_record(by_stand_in.to_bytes(), "offline-stand-in") == by_stand_in
+    with pytest.raises(DamagedRecord):
+        parse_record(by_stand_in.to_bytes(), MODEL)
+
+
+def test_a_model_may_answer_under_a_longer_name() -> None:
+    dated = record(model="gpt-5-mini-2025-08-07")
+
+    assert parse_record(dated.to_bytes(), MODEL) == dated
+
+
+TOKENS = st.integers(min_value=0, max_value=10**9)
+RECORDS = st.builds(
+    Record,
+    status=st.sampled_from(["tagged", "refused"]),
+    reason=st.none() | st.text(),
+    tags=st.lists(st.text()),
+    model=st.text().filter(lambda model: model != "offline-stand-in"),
+    usage=st.builds(Usage, input=TOKENS, cached_input=TOKENS, output=TOKENS),
+    cost_usd=st.none() | st.floats(min_value=0, max_value=1e6),
+    finish_reason=st.text(),
+    asked=st.sampled_from(["online", "batch"]),
+    created_at=st.datetimes(timezones=st.just(UTC)),
+)
+
+
+@given(RECORDS)
+def test_a_record_reads_as_it_was_written(written: Record) -> None:
+    assert parse_record(written.to_bytes(), MODEL) == written
+
+
+def test_tag_ids_stand_readable_in_a_record() -> None:
+    assert "循環器".encode() in record(tags=["循環器"]).to_bytes()
+
+
+def test_the_mean_cost_is_of_the_records_whose_cost_is_known(cache: Cache) -> None:
+    assert cache.mean_cost() is None
+
+    for number, cost in enumerate([0.25, None, 0.75]):
+        cache.write(key(number), record(cost_usd=cost))
+
+    assert cache.mean_cost() == 0.5
+
+
+def test_the_mean_cost_is_unknown_where_no_record_has_one(cache: Cache) -> None:
+    cache.write(key(1), record(cost_usd=None))
+
+    assert cache.mean_cost() is None
+
+
+def test_the_mean_cost_takes_a_sample(cache: Cache, storage: Storage) -> None:
+    fill(cache, storage, [key(n) for n in range(100)])
+    requests = watch(storage)
+
+    assert cache.mean_cost(sample=10) == pytest.approx(0.001)
+    assert requests.counts == {"ListObjectsV2": 1, "GetObject": 10}

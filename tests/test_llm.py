@@ -1,0 +1,765 @@
+"""The LLM client against scripted answers at the wire: every way in which an endpoint may be odd."""
+
+import json
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+
+from demo.servers import free_port
+from demo.stand_in import MODEL, Json, Reply, Script, StandIn, completion, error, token_usage
+from tagger.cache import Usage
+from tagger.connections import Connection, openai_client
+from tagger.dataset import parse_dataset
+from tagger.exceptions import LLMStopped, LLMUnreachable, TaggerError, TextFailed
+from tagger.llm import ASKS, LONGEST_WAIT, TRIES, Answer, Client, Stopped
+from tests.project import MINIMAL, merged
+
+KEY = "0123456789abcdef0123456789abcdef"
+TEXT = "a zebra, told to nobody: klopstockwurst"
+SECRET = "klopstockwurst"
+AT_ONCE = {"Retry-After": "0"}
+
+GOOD = completion('{"tags": ["animal"]}')
+RATE_LIMITED = error(429, "Rate limit reached.", "rate_limit_exceeded", headers=AT_ONCE)
+
+
+class Asker:
+    """A client of the stand-in that notes what it spends."""
+
+    def __init__(self, base_url: str, **changes: Any) -> None:
+        dataset = parse_dataset(merged(MINIMAL, changes), "notes.yaml")
+        connection = Connection("openai_default", "openai", host=base_url, password="key")
+        self.client = Client(dataset, openai_client("openai_default", lambda _: connection))
+        self.spent: list[Usage] = []
+
+    def ask(self, text: str = TEXT) -> Answer:
+        return self.client.ask(KEY, text, self.spent.append)
+
+    def fail(self, text: str = TEXT) -> Exception:
+        with pytest.raises((TaggerError, Stopped)) as caught:
+            self.ask(text)
+        return caught.value
+
+
+MakeAsker = Callable[..., Asker]
+
+
+@pytest.fixture
+def new_asker(llm: StandIn) -> Iterator[MakeAsker]:
+    made: list[Asker] = []
+
+    def new(base_url: str | None = None, **changes: Any) -> Asker:
+        made.append(Asker(base_url or llm.base_url, **changes))
+        return made[-1]
+
+    yield new
+    for asker in made:
+        asker.client.stop()
+        asker.client.close()
+
+
+@pytest.fixture
+def asker(new_asker: MakeAsker) -> Asker:
+    return new_asker()
+
+
+def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """Run `work` on a thread; the list gets what it returns or raises."""
+    ended: list[object] = []
+
+    def run() -> None:
+        try:
+            ended.append(work())
+        except Exception as e:
+            ended.append(e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, ended
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.01)
+
+
+def gaps(llm: StandIn) -> list[float]:
+    times = [call.time for call in llm.calls]
+    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+
+
+# Answers that are taken
+
+
+def test_a_good_answer_takes_one_request(asker: Asker, llm: StandIn) -> None:
+    assert asker.ask("a zebra in the rain") == Answer(["animal", "weather"], None, MODEL, "stop")
+    assert len(llm.calls) == len(asker.spent) == 1
+
+
+def test_the_model_is_kept_as_the_endpoint_names_it(asker: Asker, llm: StandIn) -> None:
+    llm.script(completion('{"tags": []}', model="gpt-5-mini-2025-08-07"))
+
+    assert asker.ask().model == "gpt-5-mini-2025-08-07"
+
+
+def test_an_endpoint_that_names_no_model_has_answered_as_the_datasets(new_asker: MakeAsker, llm: StandIn) -> None:
+    llm.script(completion('{"tags": []}', model=""))
+
+    assert new_asker(llm={"model": "own-model"}).ask().model == "own-model"
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason", "finish_reason"),
+    [
+        (completion(None, refusal="I cannot help with that."), "refusal", "stop"),
+        (completion('{"tags": ["animal"]}', refusal="I cannot help with that."), "refusal", "stop"),
+        (completion(None, finish_reason="refusal"), "refusal", "refusal"),
+        (completion(None, finish_reason="content_filter"), "content_filter", "content_filter"),
+        (completion('{"tags": ["ani', finish_reason="content_filter"), "content_filter", "content_filter"),
+    ],
+    ids=["refusal", "refusal beside tags", "finish refusal", "content filter", "content filter in mid-answer"],
+)
+def test_an_answer_that_refuses_the_text_is_taken_at_once(
+    asker: Asker, llm: StandIn, reply: Reply, reason: str, finish_reason: str
+) -> None:
+    llm.script(reply)
+
+    assert asker.ask() == Answer([], reason, MODEL, finish_reason)
+    assert len(llm.calls) == len(asker.spent) == 1
+
+
+AZURE_FILTER = Reply(
+    400,
+    {
+        "error": {
+            "message": "The response was filtered due to the prompt triggering Azure OpenAI's content management "
+            "policy. Please modify your prompt and retry.",
+            "type": None,
+            "param": "prompt",
+            "code": "content_filter",
+            "status": 400,
+            "innererror": {
+                "code": "ResponsibleAIPolicyViolation",
+                "content_filter_result": {"violence": {"filtered": True, "severity": "high"}},
+            },
+        }
+    },
+)
+VLLM_TOO_LONG = {
+    "object": "error",
+    "message": "This model's maximum context length is 4096 tokens. However, you requested 9001 tokens.",
+    "type": "BadRequestError",
+    "param": None,
+    "code": 400,
+}
+LLAMA_CPP_TOO_LONG = {
+    "error": {
+        "code": 400,
+        "message": "request (9001 tokens) exceeds the available context size (4096 tokens), try increasing it",
+        "type": "exceed_context_size_error",
+        "n_prompt_tokens": 9001,
+        "n_ctx": 4096,
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (AZURE_FILTER, "content_filter"),
+        (error(400, "Your input is too long.", "context_length_exceeded", param="messages"), "context_length"),
+        (Reply(400, VLLM_TOO_LONG), "context_length"),
+        (Reply(400, LLAMA_CPP_TOO_LONG), "context_length"),
+        (error(413, "Request entity too large"), "context_length"),
+    ],
+    ids=["Azure content filter", "OpenAI too long", "vLLM too long", "llama.cpp too long", "HTTP 413"],
+)
+def test_an_error_that_would_come_back_for_this_text_is_a_refusal(
+    asker: Asker, llm: StandIn, reply: Reply, reason: str
+) -> None:
+    llm.script(reply)
+
+    answer = asker.ask()
+
+    assert (answer.tags, answer.reason) == ([], reason)
+    assert len(llm.calls) == len(asker.spent) == 1
+    assert asker.ask("a zebra").tags == ["animal"]
+
+
+# Answers that are asked for again
+
+
+def test_an_answer_cut_off_is_asked_for_again(asker: Asker, llm: StandIn) -> None:
+    llm.script(completion('{"tags": ["ani', finish_reason="length"), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert len(llm.calls) == 2
+
+
+def test_a_text_whose_answer_is_cut_off_each_time_is_refused(asker: Asker, llm: StandIn) -> None:
+    llm.script(*[completion('{"tags": ["ani', finish_reason="length")] * 5)
+
+    assert asker.ask() == Answer([], "length", MODEL, "length")
+    assert len(llm.calls) == len(asker.spent) == ASKS == 3
+
+
+BAD_ANSWERS = {
+    "unknown tag": '{"tags": ["vegetable"]}',
+    "duplicate": '{"tags": ["animal", "animal"]}',
+    "too many": '{"tags": ["animal", "fruit", "weather"]}',
+    "broken JSON": '{"tags": ["animal"',
+    "prose": "It is about an animal.",
+    "no content": None,
+}
+
+
+@pytest.mark.parametrize("content", BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+def test_a_bad_answer_is_asked_for_again_at_most_twice(asker: Asker, llm: StandIn, content: str | None) -> None:
+    llm.script(*[completion(content)] * 5)
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert failure.kind == "bad_answer"
+    assert len(llm.calls) == len(asker.spent) == ASKS
+
+
+@pytest.mark.parametrize("content", BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+def test_a_good_second_answer_counts_the_usage_of_both(asker: Asker, llm: StandIn, content: str | None) -> None:
+    llm.script(
+        completion(content, usage=token_usage(100, 7, 64)),
+        completion('{"tags": ["animal"]}', usage=token_usage(100, 5)),
+    )
+
+    assert asker.ask().tags == ["animal"]
+    assert asker.spent == [Usage(input=100, cached_input=64, output=7), Usage(input=100, output=5)]
+
+
+def test_an_empty_answer_is_bad_where_a_tag_is_required(new_asker: MakeAsker, llm: StandIn) -> None:
+    llm.script(completion('{"tags": []}'), GOOD)
+
+    assert new_asker(allow_none=False).ask().tags == ["animal"]
+    assert len(llm.calls) == 2
+
+
+# Calls that are made again
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_a_passing_error_is_tried_again(asker: Asker, llm: StandIn, status: int) -> None:
+    llm.script(Reply(status, b"<html>busy</html>", AT_ONCE), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert [call.status for call in llm.calls] == [status, 200]
+    assert len(asker.spent) == 2
+
+
+@pytest.mark.parametrize(("status", "kind"), [(429, "rate_limited"), (500, "server_error")])
+def test_tries_are_bounded_and_all_ours(asker: Asker, llm: StandIn, status: int, kind: str) -> None:
+    llm.script(*[error(status, "Busy.", headers=AT_ONCE)] * 100)
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert failure.kind == kind
+    assert len(llm.calls) == len(asker.spent) == TRIES
+
+
+def test_retry_after_in_seconds_is_obeyed(asker: Asker, llm: StandIn) -> None:
+    llm.script(replace(RATE_LIMITED, headers={"Retry-After": "1.5"}), GOOD)
+
+    asker.ask()
+
+    assert 1.5 <= gaps(llm)[0] < 3.0
+
+
+def test_retry_after_as_a_date_is_obeyed(asker: Asker, llm: StandIn) -> None:
+    until = int(time.time()) + 3
+    llm.script(replace(RATE_LIMITED, headers={"Retry-After": formatdate(until, usegmt=True)}), GOOD)
+
+    asker.ask()
+
+    assert until <= llm.calls[1].time < until + 2
+
+
+def test_without_retry_after_the_client_pauses(asker: Asker, llm: StandIn) -> None:
+    llm.script(error(429, "Rate limit reached.", "rate_limit_exceeded"), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert 0.5 <= gaps(llm)[0] < 3.0
+
+
+@pytest.mark.parametrize("header", ["Wed, 21 Oct 2015 07:28:00 GMT", "-5", "0.0"])
+def test_a_retry_after_in_the_past_is_no_pause(asker: Asker, llm: StandIn, header: str) -> None:
+    llm.script(replace(RATE_LIMITED, headers={"Retry-After": header}), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert gaps(llm)[0] < 0.5
+
+
+@pytest.mark.parametrize("header", ["soon", "nan"])
+def test_a_retry_after_that_says_nothing_is_passed_over(asker: Asker, llm: StandIn, header: str) -> None:
+    llm.script(replace(RATE_LIMITED, headers={"Retry-After": header}), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+
+
+@pytest.mark.parametrize("header", [f"{LONGEST_WAIT + 1:g}", "86400", "inf"])
+def test_a_pause_too_long_leaves_the_text_to_the_next_run(asker: Asker, llm: StandIn, header: str) -> None:
+    llm.script(replace(RATE_LIMITED, headers={"Retry-After": header}))
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert failure.kind == "rate_limited"
+    assert len(llm.calls) == len(asker.spent) == 1
+
+
+def test_a_dropped_connection_is_tried_again(asker: Asker, llm: StandIn) -> None:
+    llm.script(Reply(close=True), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert len(llm.calls) == len(asker.spent) == 2
+
+
+def test_an_answer_that_does_not_come_in_time_is_tried_again(new_asker: MakeAsker, llm: StandIn) -> None:
+    llm.script(replace(GOOD, delay=2.0), GOOD)
+    asker = new_asker(llm={"params": {"timeout": 0.3}})
+
+    assert asker.ask().tags == ["animal"]
+    assert len(llm.calls) == len(asker.spent) == 2
+
+
+def test_a_text_that_times_out_at_every_try_fails(
+    new_asker: MakeAsker, llm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.llm.TRIES", 1)
+    llm.script(replace(GOOD, delay=2.0))
+
+    failure = new_asker(llm={"params": {"timeout": 0.2}}).fail()
+
+    assert isinstance(failure, TextFailed)
+    assert failure.kind == "timeout"
+
+
+def test_asks_and_tries_have_one_bound_each(asker: Asker, llm: StandIn) -> None:
+    bad = completion('{"tags": ["vegetable"]}')
+    llm.script(RATE_LIMITED, bad, RATE_LIMITED, bad, RATE_LIMITED, GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert len(llm.calls) == len(asker.spent) == 6
+
+
+# Answers of a wrong shape
+
+
+def with_body(**changes: Any) -> Reply:
+    assert isinstance(GOOD.body, dict)
+    return Reply(body={**GOOD.body, **changes})
+
+
+def with_choice(choice: Any) -> Reply:
+    return with_body(choices=[choice])
+
+
+MESSAGE = {"role": "assistant", "content": '{"tags": ["animal"]}'}
+
+NO_COMPLETIONS = {
+    "no JSON": Reply(body=b"{not json"),
+    "empty": Reply(body=b""),
+    "no UTF-8": Reply(body=b"\xff\xfe\x00"),
+    "a page": Reply(body=b"<html>Sign in</html>", headers={"Content-Type": "text/html"}),
+    "plain text": Reply(body=b"upstream is busy", headers={"Content-Type": "text/plain"}),
+    "a list": Reply(body=b"[]"),
+    "a string": Reply(body=b'"busy"'),
+    "null": Reply(body=b"null"),
+    "no fields": Reply(body=b"{}"),
+    "an error under 200": Reply(body={"error": {"message": "busy", "code": 502}}),
+    "no choices": with_body(choices=[]),
+    "choices null": with_body(choices=None),
+    "choices a string": with_body(choices="animal"),
+    "a choice null": with_choice(None),
+    "a choice a string": with_choice("animal"),
+    "no message": with_choice({"index": 0, "finish_reason": "stop"}),
+    "message null": with_choice({"index": 0, "finish_reason": "stop", "message": None}),
+    "message a string": with_choice({"index": 0, "finish_reason": "stop", "message": "animal"}),
+    "empty message": with_choice({"index": 0, "finish_reason": "stop", "message": {}}),
+    "content a list": with_choice({"index": 0, "finish_reason": "stop", "message": {**MESSAGE, "content": [1]}}),
+    "content a number": with_choice({"index": 0, "finish_reason": "stop", "message": {**MESSAGE, "content": 1}}),
+}
+
+
+@pytest.mark.parametrize("reply", NO_COMPLETIONS.values(), ids=NO_COMPLETIONS.keys())
+def test_an_answer_that_is_no_completion_fails_its_text_only(asker: Asker, llm: StandIn, reply: Reply) -> None:
+    llm.script(*[reply] * ASKS)
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert failure.kind in ("bad_response", "bad_answer")
+    assert len(llm.calls) == len(asker.spent) <= ASKS
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"index": 0, "finish_reason": "stop", "message": {"content": '{"tags": ["animal"]}'}},
+        {"index": 0, "finish_reason": None, "message": MESSAGE},
+        {"message": MESSAGE},
+        {"index": 0, "finish_reason": "eos", "message": {**MESSAGE, "refusal": ""}},
+    ],
+    ids=["bare message", "no finish reason yet", "message alone", "own finish reason"],
+)
+def test_an_answer_with_less_than_openai_sends_is_taken(asker: Asker, llm: StandIn, choice: Json) -> None:
+    llm.script(with_choice(choice))
+
+    assert asker.ask().tags == ["animal"]
+
+
+@pytest.mark.parametrize(
+    ("usage", "spent"),
+    [
+        (None, Usage()),
+        ({}, Usage()),
+        ({"prompt_tokens": 7, "completion_tokens": 2}, Usage(input=7, output=2)),
+        ({"prompt_tokens": 7}, Usage(input=7)),
+        ({"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 7}, Usage(input=7)),
+        ({**token_usage(7, 2), "prompt_tokens_details": None}, Usage(input=7, output=2)),
+        ({**token_usage(7, 2), "prompt_tokens_details": {}}, Usage(input=7, output=2)),
+        ({**token_usage(7, 2), "prompt_tokens_details": {"cached_tokens": None}}, Usage(input=7, output=2)),
+        (token_usage(7, 2, 5), Usage(input=7, cached_input=5, output=2)),
+        ("unknown", Usage()),
+    ],
+)
+def test_the_usage_is_taken_as_far_as_it_is_told(asker: Asker, llm: StandIn, usage: Any, spent: Usage) -> None:
+    llm.script(Reply(body=json.dumps(with_body(usage=usage).body).encode()))
+
+    assert asker.ask().tags == ["animal"]
+    assert asker.spent == [spent]
+
+
+def test_an_answer_without_usage_is_taken(asker: Asker, llm: StandIn) -> None:
+    assert isinstance(GOOD.body, dict)
+    llm.script(Reply(body={name: value for name, value in GOOD.body.items() if name != "usage"}))
+
+    assert asker.ask().tags == ["animal"]
+    assert asker.spent == [Usage()]
+
+
+def test_an_error_about_one_text_fails_that_text_only(asker: Asker, llm: StandIn) -> None:
+    llm.script(error(400, "Invalid character.", "invalid_value", param="messages"))
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert (failure.kind, len(llm.calls)) == ("rejected", 1)
+    assert asker.ask("a zebra").tags == ["animal"]
+
+
+# Errors that stop all calls
+
+SCHEMA_SETTING = "llm.params: {response_format: "
+
+STOPPING = {
+    "wrong key": (error(401, "Incorrect API key provided.", "invalid_api_key"), "API key"),
+    "no rights": (error(403, "Project has no access.", "permission_denied"), "API key"),
+    "unknown model": (error(404, "The model does not exist.", "model_not_found"), MODEL),
+    "no such path": (Reply(404, b"<html>not here</html>"), "chat completions"),
+    "unknown model as 400": (error(400, "The model does not exist.", "model_not_found", param="model"), MODEL),
+    "schema by its name": (error(400, "Unknown response type.", param="response_format"), SCHEMA_SETTING),
+    "schema in words": (error(400, "'json_schema' is not supported with this model."), SCHEMA_SETTING),
+    "schema as 422": (error(422, "response_format.type must be json_object"), SCHEMA_SETTING),
+    "strict schema": (
+        error(400, "Invalid schema for response_format 'tags': 'enum' is not permitted.", "invalid_json_schema"),
+        SCHEMA_SETTING,
+    ),
+    "quota": (error(429, "You exceeded your current quota.", "insufficient_quota", headers=AT_ONCE), "quota"),
+    "billing": (error(429, "Billing hard limit has been reached.", headers=AT_ONCE), "quota"),
+    "parameter": (
+        error(400, "'temperature' is not supported.", "unsupported_parameter", param="temperature"),
+        "`temperature`",
+    ),
+    "value": (
+        error(400, "'temperature' does not support 0.2.", "unsupported_value", param="temperature"),
+        "llm.params",
+    ),
+    "unknown parameter": (
+        error(400, "Unknown parameter: 'temperature'.", "unknown_parameter", param="temperature"),
+        "llm.params",
+    ),
+}
+
+
+@pytest.mark.parametrize(("reply", "named"), STOPPING.values(), ids=STOPPING.keys())
+def test_an_error_that_all_texts_would_get_stops_at_the_start(
+    asker: Asker, llm: StandIn, reply: Reply, named: str
+) -> None:
+    llm.script(reply)
+
+    failure = asker.fail()
+
+    assert isinstance(failure, LLMStopped)
+    assert failure.exit_code == 2
+    assert named in str(failure)
+    assert "\n" not in str(failure)
+    assert len(llm.calls) == len(asker.spent) == 1
+
+
+@pytest.mark.parametrize("name", ["wrong key", "unknown model", "schema by its name", "quota", "parameter"])
+def test_no_call_is_made_after_the_one_that_stopped(asker: Asker, llm: StandIn, name: str) -> None:
+    llm.script(STOPPING[name][0])
+    first = asker.fail()
+
+    assert asker.fail("a zebra") is first
+    assert asker.client.stopped_by is first
+    assert len(llm.calls) == 1
+
+
+@pytest.mark.parametrize("name", ["wrong key", "unknown model", "quota"])
+def test_after_an_answer_it_is_no_longer_the_start(asker: Asker, llm: StandIn, name: str) -> None:
+    llm.script(GOOD, STOPPING[name][0])
+    asker.ask()
+
+    failure = asker.fail()
+
+    assert isinstance(failure, LLMStopped)
+    assert failure.exit_code == 1
+
+
+def test_the_message_names_the_endpoint_without_its_secrets(new_asker: MakeAsker, llm: StandIn) -> None:
+    llm.script(STOPPING["wrong key"][0])
+    asker = new_asker(llm.base_url.replace("http://", "http://user:pass-in-url@"))
+
+    message = str(asker.fail())
+
+    assert f"127.0.0.1:{llm.port}" in message
+    assert "pass-in-url" not in message
+
+
+def test_a_wrong_key_stops_calls_that_wait_to_be_made_again(asker: Asker, llm: StandIn) -> None:
+    llm.script(replace(RATE_LIMITED, headers={"Retry-After": "60"}), STOPPING["wrong key"][0])
+    thread, ended = in_thread(asker.ask)
+    wait_until(lambda: len(llm.calls) == 1)
+
+    failure = asker.fail()
+    thread.join(5)
+
+    assert isinstance(failure, LLMStopped)
+    assert ended == [failure]
+    assert len(llm.calls) == 2
+
+
+def test_an_endpoint_that_never_answered_stops_the_run(new_asker: MakeAsker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tagger.llm.TRIES", 2)
+    asker = new_asker(f"http://127.0.0.1:{free_port()}/v1")
+
+    failure = asker.fail()
+
+    assert isinstance(failure, LLMUnreachable)
+    assert failure.exit_code == 2
+    assert len(asker.spent) == 2
+
+
+def test_an_endpoint_that_went_away_fails_the_text_only(
+    asker: Asker, llm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.llm.TRIES", 2)
+    asker.ask()
+    llm.script(*[Reply(close=True)] * 2)
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert failure.kind == "connection"
+    assert asker.ask("a zebra").tags == ["animal"]
+
+
+def test_the_stand_in_does_not_pass_for_a_real_model(new_asker: MakeAsker, llm: StandIn) -> None:
+    asker = new_asker(llm={"model": "gpt-5-mini"})
+
+    failure = asker.fail()
+
+    assert isinstance(failure, LLMStopped)
+    assert failure.exit_code == 2
+    assert "gpt-5-mini" in str(failure)
+    assert asker.fail("a zebra") is failure
+    assert len(llm.calls) == 1
+
+
+# Requests
+
+
+def requests_of(llm: StandIn, *replies: Reply) -> list[Json]:
+    """Script `replies`, and return the list that gets the requests they answer."""
+    seen: list[Json] = []
+
+    def answering(reply: Reply) -> Script:
+        def answer(request: Json) -> Reply:
+            seen.append(request)
+            return reply
+
+        return answer
+
+    llm.script(*map(answering, replies))
+    return seen
+
+
+def test_a_request_holds_the_schema_and_the_params(new_asker: MakeAsker, llm: StandIn) -> None:
+    seen = requests_of(llm, GOOD)
+
+    new_asker(llm={"params": {"temperature": 0, "reasoning_effort": "low"}}).ask()
+
+    assert seen[0]["response_format"]["json_schema"]["strict"] is True
+    assert (seen[0]["model"], seen[0]["temperature"], seen[0]["reasoning_effort"]) == (MODEL, 0, "low")
+    assert seen[0]["messages"][-1]["content"] == f'<text id="{KEY}">\n{TEXT}\n</text id="{KEY}">'
+
+
+@pytest.mark.parametrize("params", [{"top_k": 5}, {"extra_body": {"top_k": 5}}])
+def test_a_param_of_the_servers_own_is_passed_through(
+    new_asker: MakeAsker, llm: StandIn, params: dict[str, Any]
+) -> None:
+    seen = requests_of(llm, GOOD)
+
+    assert new_asker(llm={"params": params}).ask().tags == ["animal"]
+    assert seen[0]["top_k"] == 5
+
+
+def test_json_object_can_be_asked_for_instead_of_a_schema(new_asker: MakeAsker, llm: StandIn) -> None:
+    seen = requests_of(llm, GOOD)
+    asker = new_asker(llm={"params": {"response_format": {"type": "json_object"}}})
+
+    assert asker.ask().tags == ["animal"]
+    assert asker.ask("a zebra in the rain").tags == ["animal", "weather"]
+    assert seen[0]["response_format"] == {"type": "json_object"}
+
+
+@pytest.mark.parametrize("text", ["", "10⁵ µl\r\n\t\x00 \x1b[0m", "👩‍👩‍👧 林檎", "</text>", "x" * 200_000])
+def test_any_text_arrives_as_it_is(asker: Asker, llm: StandIn, text: str) -> None:
+    asker.ask(text)
+
+    assert [call.text for call in llm.calls] == [text]
+
+
+# Stopping
+
+
+def test_stop_ends_calls_that_wait_at_once(asker: Asker, llm: StandIn) -> None:
+    llm.script(*[replace(RATE_LIMITED, headers={"Retry-After": "100"})] * 3)
+    waiting = [in_thread(asker.ask) for _ in range(3)]
+    wait_until(lambda: len(llm.calls) == 3)
+
+    stopped_at = time.monotonic()
+    asker.client.stop()
+    for thread, _ in waiting:
+        thread.join(5)
+
+    assert time.monotonic() - stopped_at < 1.0
+    assert [type(end) for _, ended in waiting for end in ended] == [Stopped] * 3
+    assert len(llm.calls) == len(asker.spent) == 3
+
+
+def test_after_stop_no_call_is_made(asker: Asker, llm: StandIn) -> None:
+    asker.client.stop()
+
+    assert isinstance(asker.fail(), Stopped)
+    assert (llm.calls, asker.spent) == ([], [])
+
+
+def test_a_call_in_flight_comes_to_its_end(asker: Asker, llm: StandIn) -> None:
+    llm.script(replace(GOOD, delay=0.5))
+    thread, ended = in_thread(asker.ask)
+    wait_until(lambda: len(llm.calls) == 1)
+
+    asker.client.stop()
+    thread.join(5)
+
+    assert ended == [Answer(["animal"], None, MODEL, "stop")]
+
+
+# The text stays where it is
+
+QUOTING = f"Cannot process: {TEXT}"
+
+UNHAPPY: dict[str, list[Reply]] = {
+    "wrong key": [error(401, QUOTING, "invalid_api_key")],
+    "rejected": [error(400, QUOTING)],
+    "schema": [error(400, f"{QUOTING} against response_format")],
+    "rate limited": [error(429, QUOTING, headers=AT_ONCE)] * TRIES,
+    "server error": [error(500, QUOTING, headers=AT_ONCE)] * TRIES,
+    "a page": [Reply(500, QUOTING.encode(), AT_ONCE)] * TRIES,
+    "no JSON": [Reply(body=QUOTING.encode())],
+    "plain text": [Reply(body=QUOTING.encode(), headers={"Content-Type": "text/plain"})],
+    "a string": [Reply(body=json.dumps(QUOTING).encode())],
+    "bad answer": [completion(QUOTING)] * ASKS,
+    "unknown tag": [completion(json.dumps({"tags": [TEXT]}))] * ASKS,
+    "usage": [with_body(usage={"prompt_tokens": TEXT})],
+    "dropped": [Reply(close=True)],
+}
+
+
+@pytest.mark.parametrize("replies", UNHAPPY.values(), ids=UNHAPPY.keys())
+def test_no_error_and_no_log_line_holds_the_text(
+    asker: Asker,
+    llm: StandIn,
+    replies: list[Reply],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tagger.llm.TRIES", len(replies))
+    caplog.set_level(logging.DEBUG, "tagger")
+    llm.script(*replies)
+
+    shown = ["".join(record_texts(caplog))]
+    try:
+        shown.append(repr(asker.ask()))
+    except Exception as e:
+        shown += [str(e), repr(e), repr(vars(e)), "".join(traceback.format_exception(e))]
+    shown += record_texts(caplog)
+
+    assert len(llm.calls) == len(replies)
+    assert not [line for line in shown if SECRET in line]
+
+
+def record_texts(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what tagger logged at any level, and others from WARNING on, tracebacks included."""
+    formatter = logging.Formatter("%(name)s %(message)s")
+    return [
+        formatter.format(record)
+        for record in caplog.records
+        if record.name.startswith("tagger") or record.levelno >= logging.WARNING
+    ]
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [GOOD],
+        [RATE_LIMITED, GOOD],
+        [completion("?"), RATE_LIMITED, GOOD],
+        [completion("?")] * ASKS,
+        [RATE_LIMITED] * TRIES,
+        [AZURE_FILTER],
+        [error(401, "No.", "invalid_api_key")],
+        [Reply(body=b"no json")],
+        [Reply(body=b"no json", headers={"Content-Type": "text/plain"})],
+        [completion(None, refusal="No.")],
+    ],
+)
+def test_spend_is_called_once_for_each_request(asker: Asker, llm: StandIn, replies: list[Reply]) -> None:
+    llm.script(*replies)
+
+    try:
+        asker.ask()
+    except TaggerError:
+        pass
+
+    assert len(asker.spent) == len(llm.calls) == len(replies)
