@@ -37,7 +37,7 @@ def main() -> int:
     """Run the demo; return its exit code."""
     options = _options()
     if options.reset:
-        print("Forgotten: .demo" if homes.forget() else "There was nothing to forget.")
+        print(f"Forgotten: {_shown(homes.root())}" if homes.forget() else "There was nothing to forget.")
         return 0
     home = Home(live=options.live)
     if options.live and not os.environ.get("OPENAI_API_KEY"):
@@ -211,7 +211,7 @@ def _agreed(home: Home, yes: bool) -> bool:
 
 
 def _shown(path: Path) -> Path:
-    return path.relative_to(homes.REPOSITORY)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

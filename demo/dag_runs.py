@@ -8,7 +8,7 @@ import json
 import os
 import runpy
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -17,6 +17,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from airflow.utils.db import initdb
+    from airflow.utils.session import create_session
 
     if not (Path(os.environ["AIRFLOW_HOME"]) / "airflow.db").exists():
         initdb()
@@ -26,7 +27,11 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         dag = dags[request["dag_id"]]
+        started = datetime.now(UTC)
         run = dag.test(logical_date=datetime.fromisoformat(request["logical_date"]), run_conf=request["conf"])
+        with create_session() as session:  # dag.test() has the run start at its logical date
+            run.start_date = started
+            session.merge(run)
         print(json.dumps({"run_id": run.run_id, "state": str(run.state)}), file=answers)
 
 

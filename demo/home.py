@@ -17,16 +17,21 @@ BUCKET = "tagger"
 USER = "admin"
 
 
+def root() -> Path:
+    """Return the folder that holds all the demo keeps: `.demo` in the repository, or `$TAGGER_DEMO`."""
+    return Path(os.environ.get("TAGGER_DEMO") or REPOSITORY / ".demo").absolute()
+
+
 @dataclass(frozen=True)
 class Home:
-    """The demo's folder, `.demo/offline` or `.demo/live`: both are forgotten by `--reset`."""
+    """The demo's folder, `offline` or `live` below the root: both are forgotten by `--reset`."""
 
     live: bool
 
     @property
     def path(self) -> Path:
         """The folder."""
-        return REPOSITORY / ".demo" / ("live" if self.live else "offline")
+        return root() / ("live" if self.live else "offline")
 
     @property
     def database(self) -> Path:
@@ -126,7 +131,7 @@ class Home:
 
 def forget() -> bool:
     """Delete all that the demo ever kept; return whether there was something."""
-    folder = REPOSITORY / ".demo"
+    folder = root()
     if not folder.exists():
         return False
     shutil.rmtree(folder)

@@ -6,19 +6,21 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from demo.stand_in import StandIn
-from tagger.connections import Connection
+from tagger.connections import Connection, s3_client
+from tagger.runs import Run
 from tagger.storage import Storage
 from tests.project import MINIMAL, Project, merged, sqlite_project
 from tests.servers import Database, PostgreSQL, S3Store
 
-MakeProject = Callable[[str], Project]
-"""Makes a project over `sqlite` or `postgresql`."""
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 DATABASES = ("sqlite", "postgresql")
 
@@ -28,6 +30,28 @@ def database_connection(database: Database, conn_id: str = "db") -> Connection:
     return Connection(
         conn_id, "postgres", "127.0.0.1", database.port, database.user, database.password, schema=database.name
     )
+
+
+@cache
+def shared_client(endpoint: str, access_key: str, secret_key: str) -> S3Client:
+    """Return a client as the steps make it. Making one takes longer than all else that a small test does."""
+    extra = {"endpoint_url": endpoint}
+    connection = Connection("aws_default", "aws", login=access_key, password=secret_key, extra=extra)
+    return s3_client("aws_default", lambda _: connection)
+
+
+class QuickProject(Project):
+    """A project whose runs share their S3 client with those of the other tests."""
+
+    def open(self, run_id: str) -> Run:
+        """Return a run's files."""
+        client = shared_client(self.store.endpoint, self.store.access_key, self.store.secret_key)
+        return Run(Storage(self.dataset.storage, client), self.dataset.dataset, run_id)
+
+
+def quick(project: Project) -> Project:
+    """Return the same project with a shared S3 client."""
+    return QuickProject(project.store, project.llm, project.database_connection, project.engine, project.content)
 
 
 def postgresql_project(server: PostgreSQL, store: S3Store, llm: StandIn) -> Project:
@@ -41,12 +65,12 @@ def postgresql_project(server: PostgreSQL, store: S3Store, llm: StandIn) -> Proj
         merged(MINIMAL, {"storage": f"s3://{store.bucket}"}),
     )
     project.execute("CREATE TABLE notes (id BIGINT PRIMARY KEY, body TEXT, updated_at TIMESTAMPTZ)")
-    return project
+    return quick(project)
 
 
 def make_project(kind: str, folder: Path, store: S3Store, llm: StandIn, server: Callable[[], PostgreSQL]) -> Project:
     """Return a project over a database of this kind; `server` is asked only where it is needed."""
-    return sqlite_project(folder, store, llm) if kind == "sqlite" else postgresql_project(server(), store, llm)
+    return quick(sqlite_project(folder, store, llm)) if kind == "sqlite" else postgresql_project(server(), store, llm)
 
 
 @dataclass

@@ -428,7 +428,6 @@ NOT_JSON: dict[str, Any] = {
     "set": {"stop": {"a", "b"}},
     "nan": {"temperature": float("nan")},
     "infinity": {"temperature": float("inf")},
-    "keys of two types": {"logit_bias": {"a": 1, 1: 2}},
     "half a surrogate pair": {"stop": "\ud800"},
 }
 
@@ -629,7 +628,11 @@ def nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     return {path[0]: value if len(path) == 1 else nest(path[1:], value)}
 
 
-changes = st.builds(nest, st.sampled_from([*paths(yaml.safe_load(FULL)), ("unknown",)]), values)
+changes = st.one_of(
+    st.builds(nest, st.sampled_from([*paths(yaml.safe_load(FULL)), ("unknown",)]), values),
+    st.builds(nest, st.just(("source", "lookback")), st.builds("{}{}".format, st.integers(), st.sampled_from("smhdw"))),
+    st.builds(nest, st.just(("schedule",)), st.text("0123456789*/,-LW#@ ", max_size=12)),
+)
 
 
 def is_dataset_or_mistake(content: Any) -> bool:
