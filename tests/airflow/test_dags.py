@@ -194,7 +194,6 @@ def test_two_files_of_one_name_do_not_hide_each_other(project: Project, dags: Da
     [
         ({"schedule": "0 1 * * *", "source": {"updated_at": "updated_at"}}, True, "0 1 * * *"),
         ({"schedule": "0 1 * * *"}, False, "0 1 * * *"),
-        ({}, False, "None"),
     ],
 )
 def test_catch_up_is_on_where_updated_at_is_known(

@@ -1,0 +1,442 @@
+"""The books of an attempt at a shard: what it did and spent, whatever becomes of it."""
+
+import io
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tagger.cache import Record, Usage
+from tagger.dataset import Price
+from tagger.exceptions import RunFailed, StorageError
+from tagger.ledger import (
+    FLUSH_SECONDS,
+    Attempt,
+    Ledger,
+    Outcome,
+    OutcomeStatus,
+    attempt_files,
+    latest_outcomes,
+    read_attempts,
+)
+from tagger.runs import Run
+from tagger.storage import Storage
+from tests.conftest import REPOSITORY
+from tests.servers import S3Store
+
+PRICE = Price(input=1.0, cached_input=0.1, output=10.0)
+NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
+
+
+def key(number: int) -> str:
+    return f"{number:032x}"
+
+
+def record(*tags: str, reason: str | None = None) -> Record:
+    return Record(
+        status="refused" if reason else "tagged",
+        reason=reason,
+        tags=list(tags),
+        model="gpt-5-mini-2025-08-07",
+        usage=Usage(input=100, output=5),
+        cost_usd=0.00015,
+        finish_reason="stop",
+        created_at=NOW,
+    )
+
+
+@pytest.fixture
+def run(s3_bucket: S3Store) -> Run:
+    return Run(Storage(f"s3://{s3_bucket.bucket}", s3_bucket.client()), "notes", "manual__1")
+
+
+def ledger(run: Run, shard: int = 1, price: Price | None = PRICE) -> Ledger:
+    return Ledger(run, "plan", shard, price)
+
+
+def only_outcome(run: Run) -> Outcome:
+    [outcome] = read_attempts(run)[-1].outcomes
+    return outcome
+
+
+# Numbers of attempts
+
+
+def test_attempts_are_numbered_from_one(run: Run) -> None:
+    for _ in range(3):
+        with ledger(run):
+            pass
+
+    assert sorted(path for _, path in attempt_files(run)) == [
+        f"runs/notes/manual__1/shard-1-{attempt}.parquet" for attempt in (1, 2, 3)
+    ]
+    assert [attempt.attempt for attempt in read_attempts(run)] == [1, 2, 3]
+
+
+def test_shards_are_numbered_apart(run: Run) -> None:
+    for shard in (1, 2, 12, 1):
+        with ledger(run, shard):
+            pass
+
+    assert sorted((a.shard, a.attempt) for a in read_attempts(run)) == [(1, 1), (1, 2), (2, 1), (12, 1)]
+    assert [(a.shard, a.attempt) for a in read_attempts(run, 1)] == [(1, 1), (1, 2)]
+
+
+def test_attempts_after_the_ninth_are_numbered_on(run: Run) -> None:
+    for _ in range(11):
+        with ledger(run):
+            pass
+
+    assert [attempt.attempt for attempt in read_attempts(run)] == list(range(1, 12))
+
+
+def test_attempts_at_the_same_time_have_files_of_their_own(run: Run) -> None:
+    together = threading.Barrier(4)
+
+    def attempt(number: int) -> None:
+        together.wait(10)
+        with ledger(run) as books:
+            together.wait(10)
+            books.spend(key(number), str(number), Usage(input=number))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(attempt, range(4)))
+
+    attempts = read_attempts(run)
+    assert sorted(each.attempt for each in attempts) == [1, 2, 3, 4]
+    assert sorted(outcome.row_id for each in attempts for outcome in each.outcomes) == ["0", "1", "2", "3"]
+
+
+def test_a_new_attempt_leaves_the_earlier_files_as_they_are(run: Run) -> None:
+    with ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+    before = run.storage.get("runs/notes/manual__1/shard-1-1.parquet")
+
+    with ledger(run) as books:
+        books.failed(key(1), "1", "timeout", "no answer in time")
+
+    assert run.storage.get("runs/notes/manual__1/shard-1-1.parquet") == before
+
+
+# States
+
+
+def test_an_attempt_is_running_until_it_ends(run: Run) -> None:
+    with ledger(run):
+        [running] = read_attempts(run)
+    [done] = read_attempts(run)
+
+    assert (running.state, running.reason, running.plan_id) == ("running", None, "plan")
+    assert (done.state, done.reason, done.plan_id) == ("done", None, "plan")
+    assert running.started_at == done.started_at <= done.ended_at
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RunFailed("budget reached: all is spent"), "budget reached: all is spent"),
+        (StorageError("S3 is away\nfor long"), "S3 is away"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (SystemExit(), "SystemExit"),
+    ],
+)
+def test_an_attempt_that_raises_is_broken_and_says_why(run: Run, error: BaseException, reason: str) -> None:
+    with pytest.raises(type(error)), ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+        raise error
+
+    [attempt] = read_attempts(run)
+    assert (attempt.state, attempt.reason) == ("broken", reason)
+    assert [outcome.status for outcome in attempt.outcomes] == ["tagged"]
+
+
+def test_an_attempt_without_texts_is_an_attempt(run: Run) -> None:
+    with ledger(run):
+        pass
+
+    [attempt] = read_attempts(run)
+    assert attempt.outcomes == []
+
+
+# What is counted
+
+
+def test_a_tagged_text_comes_back_as_it_was_noted(run: Run) -> None:
+    with ledger(run) as books:
+        books.spend(key(1), "7", Usage(input=100, cached_input=40, output=5))
+        books.record(key(1), "7", record("fruit", "animal"))
+
+    assert only_outcome(run) == Outcome(
+        key=key(1),
+        row_id="7",
+        status="tagged",
+        tags=["fruit", "animal"],
+        model="gpt-5-mini-2025-08-07",
+        requests=1,
+        input_tokens=100,
+        cached_input_tokens=40,
+        output_tokens=5,
+        cost_usd=pytest.approx((60 * 1.0 + 40 * 0.1 + 5 * 10.0) / 1e6),
+        answered_at=NOW,
+    )
+
+
+def test_a_refused_text_says_why(run: Run) -> None:
+    with ledger(run) as books:
+        books.record(key(1), "7", record(reason="content_filter"))
+
+    outcome = only_outcome(run)
+    assert (outcome.status, outcome.kind, outcome.tags) == ("refused", "content_filter", [])
+
+
+def test_a_failed_text_says_why(run: Run) -> None:
+    with ledger(run) as books:
+        books.spend(key(1), "7", Usage())
+        books.failed(key(1), "7", "timeout", "no answer in time")
+
+    outcome = only_outcome(run)
+    assert (outcome.status, outcome.kind, outcome.error) == ("failed", "timeout", "no answer in time")
+    assert (outcome.tags, outcome.requests) == (None, 1)
+
+
+def test_all_requests_for_a_text_are_counted(run: Run) -> None:
+    with ledger(run) as books:
+        for _ in range(3):
+            books.spend(key(1), "7", Usage(input=100, output=10))
+        assert books.spent_on(key(1)) == (Usage(input=300, output=30), pytest.approx(0.0006))
+        assert books.spent_usd == pytest.approx(0.0006)
+
+    outcome = only_outcome(run)
+    assert (outcome.status, outcome.requests, outcome.input_tokens, outcome.output_tokens) == ("asked", 3, 300, 30)
+    assert outcome.cost_usd == pytest.approx(0.0006)
+
+
+def test_a_text_that_was_not_asked_has_cost_nothing(run: Run) -> None:
+    assert ledger(run).spent_on(key(1)) == (Usage(), 0.0)
+
+
+def test_an_unknown_price_is_no_cost_of_zero(run: Run) -> None:
+    with ledger(run, price=None) as books:
+        books.spend(key(1), "7", Usage(input=100))
+        assert books.spent_usd == 0.0
+
+    assert only_outcome(run).cost_usd is None
+
+
+def test_counts_tell_texts_by_status(run: Run) -> None:
+    books = ledger(run)
+    books.record(key(1), "1", record("fruit"))
+    books.record(key(2), "2", record("fruit"))
+    books.record(key(3), "3", record(reason="refusal"))
+    books.failed(key(4), "4", "timeout", "no answer in time")
+    books.spend(key(5), "5", Usage(input=1))
+
+    assert books.counts() == {"tagged": 2, "refused": 1, "failed": 1, "asked": 1}
+
+
+def test_many_threads_lose_no_count(run: Run) -> None:
+    with ledger(run) as books, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda i: books.spend(key(i % 10), str(i % 10), Usage(input=1, output=1)), range(2000)))
+
+    [attempt] = read_attempts(run)
+    assert [outcome.requests for outcome in attempt.outcomes] == [200] * 10
+    assert books.spent_usd == pytest.approx(2000 * 11 / 1e6)
+
+
+# Files
+
+
+KILLED = """
+    import sys, time
+    from tagger.cache import Usage
+    from tagger.dataset import Price
+    from tagger.ledger import Ledger
+    from tagger.runs import Run
+    from tagger.storage import Storage
+    from tests.servers import S3Store
+
+    store = S3Store(*sys.argv[1:])
+    run = Run(Storage(f"s3://{store.bucket}", store.client()), "notes", "manual__1")
+    with Ledger(run, "plan", 1, Price(input=1.0, output=10.0)) as books:
+        books.spend("k", "7", Usage(input=1000, output=100))
+        print("spent", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_attempt_spent_is_in_its_file(run: Run, s3_bucket: S3Store) -> None:
+    where = [s3_bucket.endpoint, s3_bucket.access_key, s3_bucket.secret_key, s3_bucket.bucket]
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), *where], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "spent\n"
+        time.sleep(FLUSH_SECONDS + 1)
+        process.kill()
+
+    [attempt] = read_attempts(run)
+    assert FLUSH_SECONDS <= 10
+    assert attempt.state == "running"
+    assert attempt.ended_at - attempt.started_at >= timedelta(seconds=FLUSH_SECONDS)
+    assert [(o.row_id, o.status, o.requests, o.cost_usd) for o in attempt.outcomes] == [("7", "asked", 1, 0.002)]
+
+
+def test_a_write_in_between_that_fails_is_made_up_for(
+    run: Run, s3_bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.ledger.FLUSH_SECONDS", 0.02)
+    client = s3_bucket.client()
+    with ledger(run) as books:
+        books.spend(key(1), "7", Usage(input=1))
+        client.delete_object(Bucket=s3_bucket.bucket, Key="runs/notes/manual__1/shard-1-1.parquet")
+        client.delete_bucket(Bucket=s3_bucket.bucket)
+        time.sleep(0.3)
+        client.create_bucket(Bucket=s3_bucket.bucket)
+
+    assert only_outcome(run).requests == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"PAR1", b"no parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1"])
+def test_a_damaged_file_is_named(run: Run, body: bytes) -> None:
+    run.storage.put("runs/notes/manual__1/shard-1-1.parquet", body)
+
+    with pytest.raises(StorageError, match=r"runs/notes/manual__1/shard-1-1\.parquet: damaged"):
+        read_attempts(run)
+
+
+def test_a_file_cut_off_is_named(run: Run) -> None:
+    with ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+    path = "runs/notes/manual__1/shard-1-1.parquet"
+    run.storage.put(path, (run.storage.get(path) or b"")[:-20])
+
+    with pytest.raises(StorageError, match="damaged"):
+        read_attempts(run)
+
+
+@pytest.mark.parametrize("about", [None, {}, {"plan_id": "plan"}, [], "text"])
+def test_a_parquet_file_that_is_not_ours_is_named(run: Run, about: object) -> None:
+    path = "runs/notes/manual__1/shard-1-1.parquet"
+    with ledger(run):
+        pass
+    table = pq.read_table(io.BytesIO(run.storage.get(path) or b""))
+    body = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"tagger": json.dumps(about)} if about is not None else {}), body)
+    run.storage.put(path, body.getvalue())
+
+    with pytest.raises(StorageError, match="damaged"):
+        read_attempts(run)
+
+
+def test_a_file_has_no_column_for_a_text(run: Run) -> None:
+    with ledger(run):
+        pass
+
+    table = pq.read_table(io.BytesIO(run.storage.get("runs/notes/manual__1/shard-1-1.parquet") or b""))
+    assert table.column_names == [
+        "key",
+        "row_id",
+        "status",
+        "tags",
+        "model",
+        "kind",
+        "error",
+        "requests",
+        "input_tokens",
+        "cached_input_tokens",
+        "output_tokens",
+        "cost_usd",
+        "answered_at",
+    ]
+
+
+def test_a_run_without_attempts_has_none(run: Run) -> None:
+    assert read_attempts(run) == []
+
+
+# The latest outcome of each text
+
+
+def attempt_of(number: int, *outcomes: Outcome) -> Attempt:
+    started = NOW + timedelta(minutes=number)
+    return Attempt(1, number, "plan", "done", None, started, started, list(outcomes))
+
+
+def outcome(status: OutcomeStatus, row_id: str = "1", number: int = 1) -> Outcome:
+    return Outcome(key(number), row_id, status)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "counts"),
+    [
+        ("asked", "failed", "later"),
+        ("asked", "tagged", "later"),
+        ("failed", "tagged", "later"),
+        ("failed", "refused", "later"),
+        ("failed", "failed", "later"),
+        ("refused", "tagged", "later"),
+        ("tagged", "refused", "later"),
+        ("tagged", "tagged", "later"),
+        ("failed", "asked", "earlier"),
+        ("tagged", "asked", "earlier"),
+        ("tagged", "failed", "earlier"),
+        ("refused", "failed", "earlier"),
+    ],
+)
+def test_an_answer_counts_more_than_none_and_later_more_than_earlier(
+    earlier: OutcomeStatus, later: OutcomeStatus, counts: str
+) -> None:
+    attempts = [attempt_of(1, outcome(earlier, "earlier")), attempt_of(2, outcome(later, "later"))]
+
+    assert latest_outcomes(attempts)[key(1)].row_id == counts
+
+
+def test_each_text_has_one_outcome(run: Run) -> None:
+    attempts = [
+        attempt_of(1, outcome("tagged", number=1), outcome("failed", number=2)),
+        attempt_of(2, outcome("tagged", number=2), outcome("asked", number=3)),
+    ]
+
+    latest = latest_outcomes(attempts)
+
+    assert {each: latest[each].status for each in latest} == {key(1): "tagged", key(2): "tagged", key(3): "asked"}
+
+
+statuses: st.SearchStrategy[OutcomeStatus] = st.sampled_from(["asked", "tagged", "refused", "failed"])
+histories = st.lists(st.dictionaries(st.integers(0, 3), statuses, max_size=4), max_size=6)
+
+
+@given(histories)
+def test_an_answer_is_never_lost_whatever_the_order(history: list[dict[int, OutcomeStatus]]) -> None:
+    attempts = [
+        attempt_of(number, *(outcome(status, number=text) for text, status in texts.items()))
+        for number, texts in enumerate(history)
+    ]
+
+    latest = latest_outcomes(attempts)
+
+    assert set(latest) == {key(text) for texts in history for text in texts}
+    for text in latest:
+        had = [o.status for attempt in attempts for o in attempt.outcomes if o.key == text]
+        answers = [status for status in had if status in ("tagged", "refused")]
+        assert latest[text].status == (answers or [s for s in had if s == "failed"] or had)[-1]
+
+
+def test_outcomes_are_not_changed_by_ranking_them() -> None:
+    failed, tagged = outcome("failed"), outcome("tagged")
+    before = [replace(failed), replace(tagged)]
+
+    latest_outcomes([attempt_of(1, failed), attempt_of(2, tagged)])
+
+    assert [failed, tagged] == before
