@@ -165,8 +165,9 @@ def unreachable_database(conn_id: str, error: Exception) -> Unreachable:
 def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     """Return an S3 client for an Airflow `aws` connection, or for the AWS SDK's own chain where there is none.
 
-    Read of the connection: login and password (the key pair), and from its extra `aws_session_token`, `region_name`,
-    `profile_name`, `endpoint_url` and `service_config.s3.endpoint_url`.
+    Read of the connection: login and password (the key pair; or `aws_access_key_id` and `aws_secret_access_key` of its
+    extra), and of its extra `aws_session_token`, `region_name`, `profile_name`, `endpoint_url` and
+    `service_config.s3.endpoint_url`.
 
     Raises:
         InputError: the connection asks for something else, such as a role.
@@ -195,8 +196,8 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     )
     try:
         session = boto3.Session(
-            aws_access_key_id=(connection.login or None) if connection else None,
-            aws_secret_access_key=(connection.password or None) if connection else None,
+            aws_access_key_id=(connection.login if connection else None) or extra.get("aws_access_key_id"),
+            aws_secret_access_key=(connection.password if connection else None) or extra.get("aws_secret_access_key"),
             aws_session_token=extra.get("aws_session_token"),
             region_name=extra.get("region_name"),
             profile_name=extra.get("profile_name"),

@@ -176,7 +176,9 @@ def test_a_tagged_text_comes_back_as_it_was_noted(run: Run) -> None:
         books.spend(key(1), "7", Usage(input=100, cached_input=40, output=5))
         books.record(key(1), "7", record("fruit", "animal"))
 
-    assert only_outcome(run) == Outcome(
+    outcome = only_outcome(run)
+    assert outcome.cost_usd == pytest.approx((60 * 1.0 + 40 * 0.1 + 5 * 10.0) / 1e6)
+    assert replace(outcome, cost_usd=None) == Outcome(
         key=key(1),
         row_id="7",
         status="tagged",
@@ -186,7 +188,7 @@ def test_a_tagged_text_comes_back_as_it_was_noted(run: Run) -> None:
         input_tokens=100,
         cached_input_tokens=40,
         output_tokens=5,
-        cost_usd=pytest.approx((60 * 1.0 + 40 * 0.1 + 5 * 10.0) / 1e6),
+        cost_usd=None,
         answered_at=NOW,
     )
 
@@ -213,7 +215,9 @@ def test_all_requests_for_a_text_are_counted(run: Run) -> None:
     with ledger(run) as books:
         for _ in range(3):
             books.spend(key(1), "7", Usage(input=100, output=10))
-        assert books.spent_on(key(1)) == (Usage(input=300, output=30), pytest.approx(0.0006))
+        usage, cost = books.spent_on(key(1))
+        assert usage == Usage(input=300, output=30)
+        assert cost == pytest.approx(0.0006)
         assert books.spent_usd == pytest.approx(0.0006)
 
     outcome = only_outcome(run)
@@ -429,8 +433,9 @@ def test_an_answer_is_never_lost_whatever_the_order(history: list[dict[int, Outc
     assert set(latest) == {key(text) for texts in history for text in texts}
     for text in latest:
         had = [o.status for attempt in attempts for o in attempt.outcomes if o.key == text]
-        answers = [status for status in had if status in ("tagged", "refused")]
-        assert latest[text].status == (answers or [s for s in had if s == "failed"] or had)[-1]
+        answers: list[str] = [status for status in had if status in ("tagged", "refused")]
+        failures: list[str] = [status for status in had if status == "failed"]
+        assert latest[text].status == (answers or failures or had)[-1]
 
 
 def test_outcomes_are_not_changed_by_ranking_them() -> None:

@@ -142,8 +142,8 @@ def test_check_makes_a_bucket_only_if_asked(store: S3Store) -> None:
     store.client().delete_bucket(Bucket="made-by-check")
 
 
-def put(storage: Storage, _: Path) -> object:
-    return storage.put("a", b"x")
+def put(storage: Storage, _: Path) -> None:
+    storage.put("a", b"x")
 
 
 def create(storage: Storage, _: Path) -> object:
@@ -162,21 +162,21 @@ def list_all(storage: Storage, _: Path) -> object:
     return list(storage.list(""))
 
 
-def delete(storage: Storage, _: Path) -> object:
-    return storage.delete("a")
+def delete(storage: Storage, _: Path) -> None:
+    storage.delete("a")
 
 
 def check(storage: Storage, _: Path) -> object:
     return storage.check()
 
 
-def upload(storage: Storage, folder: Path) -> object:
+def upload(storage: Storage, folder: Path) -> None:
     (folder / "file").write_bytes(b"x")
-    return storage.upload("a", folder / "file")
+    storage.upload("a", folder / "file")
 
 
-def download(storage: Storage, folder: Path) -> object:
-    return storage.download("a", folder / "copy")
+def download(storage: Storage, folder: Path) -> None:
+    storage.download("a", folder / "copy")
 
 
 Do = Callable[[Storage, Path], object]

@@ -1,0 +1,338 @@
+"""The plan: which texts are new, and how they are spread over shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo.stand_in import StandIn
+from tagger.cache import Cache, Record, Usage
+from tagger.exceptions import InputError
+from tagger.plan import describe, plan
+from tagger.runs import Plan, Run, new_keys_path, read_parquet, rows_path, shard_path
+from tagger.spec import normalise, spec_id, text_key
+from tagger.window import Selection
+from tests.databases import DATABASES, make_project, watch
+from tests.project import Project
+from tests.servers import S3Store
+
+
+@pytest.fixture(params=DATABASES)
+def either(request: pytest.FixtureRequest, tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
+    return make_project(request.param, tmp_path, s3_bucket, llm, lambda: request.getfixturevalue("postgresql"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
+    return make_project("sqlite", tmp_path, s3_bucket, llm, lambda: pytest.fail("no server is needed"))
+
+
+def put_all(project: Project, *texts: str | None) -> None:
+    for row_id, text in enumerate(texts):
+        project.put(row_id, text)
+
+
+def make_plan(project: Project) -> tuple[Run, Plan]:
+    run = project.take()
+    return run, plan(run, project.connections)
+
+
+def column(run: Run, path: str, name: str) -> list[Any]:
+    return [value for batch in read_parquet(run.storage, path) for value in batch.column(name).to_pylist()]
+
+
+def shard_texts(run: Run, planned: Plan) -> list[list[str]]:
+    """Returns the texts of each shard."""
+    return [column(run, shard_path(run, planned.plan_id, shard.shard), "text") for shard in planned.shards]
+
+
+def key(project: Project, text: str) -> str:
+    return text_key(spec_id(project.dataset), normalise(text))
+
+
+def write_record(project: Project, text: str) -> None:
+    record = Record(
+        status="tagged",
+        tags=["fruit"],
+        model="offline-stand-in",
+        usage=Usage(input=10),
+        cost_usd=0.5,
+        finish_reason="stop",
+        created_at=datetime(2026, 7, 1, tzinfo=UTC),
+    )
+    spec = spec_id(project.dataset)
+    Cache(project.open("any").storage, spec, "offline-stand-in").write(key(project, text), record)
+
+
+def test_a_text_in_many_rows_is_asked_once(either: Project) -> None:
+    put_all(either, "apple", "zebra", "apple", "apple")
+
+    run, planned = make_plan(either)
+
+    assert (planned.rows, planned.texts, planned.new) == (4, 2, 2)
+    assert sorted(sum(shard_texts(run, planned), [])) == ["apple", "zebra"]
+
+
+@pytest.mark.parametrize(
+    "variant", ["apple 105", "ａｐｐｌｅ １０５", "  apple 105\n", "apple\u3000105", "apple 10⁵", "apple\u00a0105"]
+)
+def test_variants_of_a_text_are_one_text(project: Project, variant: str) -> None:
+    put_all(project, "apple 105", variant)
+
+    assert make_plan(project)[1].texts == 1
+
+
+def test_line_ends_make_no_difference(project: Project) -> None:
+    put_all(project, "apple\nzebra", "apple\r\nzebra", "apple\rzebra")
+
+    assert make_plan(project)[1].texts == 1
+
+
+def test_the_text_is_sent_as_it_stands_in_the_row(project: Project) -> None:
+    put_all(project, " ａｐｐｌｅ 10⁵ ")
+
+    assert shard_texts(*make_plan(project)) == [[" ａｐｐｌｅ 10⁵ "]]
+
+
+def test_blank_texts_are_left_out(either: Project) -> None:
+    put_all(either, "apple", None, "", " \n", "\u3000\u00a0")
+
+    run, planned = make_plan(either)
+
+    assert (planned.rows, planned.blank, planned.texts, planned.new) == (1, 4, 1, 1)
+    assert column(run, rows_path(run, planned.plan_id), "key") == [key(either, "apple"), None, None, None, None]
+
+
+def test_no_rows_are_a_plan_of_zeros(either: Project) -> None:
+    _, planned = make_plan(either)
+
+    assert (planned.rows, planned.blank, planned.texts, planned.cached, planned.new) == (0, 0, 0, 0, 0)
+    assert planned.shards == []
+
+
+def test_texts_over_the_limit_are_not_asked(project: Project) -> None:
+    put_all(project, "x" * 10, "x" * 11, "x" * 11, "apple")
+    project.change(source={"max_chars": 10})
+
+    run, planned = make_plan(project)
+
+    assert (planned.rows, planned.texts, planned.too_long, planned.new) == (4, 3, 1, 2)
+    assert sorted(shard_texts(run, planned)[0]) == ["apple", "x" * 10]
+
+
+def test_cached_texts_are_in_no_shard(project: Project) -> None:
+    put_all(project, "apple", "zebra", "rain")
+    write_record(project, "zebra")
+
+    run, planned = make_plan(project)
+
+    assert (planned.texts, planned.cached, planned.new) == (3, 1, 2)
+    assert sorted(shard_texts(run, planned)[0]) == ["apple", "rain"]
+    assert sorted(column(run, new_keys_path(run, planned.plan_id), "key")) == sorted(
+        [key(project, "apple"), key(project, "rain")]
+    )
+
+
+def test_with_all_texts_cached_there_is_no_shard(project: Project) -> None:
+    put_all(project, "apple", "apple")
+    write_record(project, "apple")
+
+    run, planned = make_plan(project)
+
+    assert (planned.cached, planned.new, planned.shards) == (1, 0, [])
+    assert [path for path, _ in run.storage.list(run.texts) if "shard" in path] == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "texts_per_shard", "most", "sizes"),
+    [
+        (1, 5000, 16, [1]),
+        (10, 10, 16, [10]),
+        (11, 10, 16, [6, 5]),
+        (30, 10, 16, [10, 10, 10]),
+        (30, 1, 4, [8, 8, 7, 7]),
+        (3, 1, 16, [1, 1, 1]),
+    ],
+)
+def test_every_new_text_is_in_one_shard(
+    project: Project, texts: int, texts_per_shard: int, most: int, sizes: list[int]
+) -> None:
+    put_all(project, *(f"text {i}" for i in range(texts)), "text 0")
+    project.change(shards={"texts_per_shard": texts_per_shard, "max": most})
+
+    run, planned = make_plan(project)
+
+    in_shards = shard_texts(run, planned)
+    assert [len(part) for part in in_shards] == sizes
+    assert [(shard.shard, shard.of, shard.texts) for shard in planned.shards] == [
+        (i + 1, len(sizes), size) for i, size in enumerate(sizes)
+    ]
+    assert Counter(sum(in_shards, [])) == Counter(f"text {i}" for i in range(texts))
+
+
+def test_a_shard_tells_how_many_texts_it_has(project: Project) -> None:
+    put_all(project, "apple", "zebra", "rain")
+    project.change(shards={"texts_per_shard": 2})
+
+    assert [shard.name for shard in make_plan(project)[1].shards] == ["shard 1/2 · 2 texts", "shard 2/2 · 1 texts"]
+
+
+def test_a_shard_knows_a_row_of_each_text(project: Project) -> None:
+    put_all(project, "apple", "zebra", "apple")
+
+    run, planned = make_plan(project)
+
+    path = shard_path(run, planned.plan_id, 1)
+    by_text = dict(zip(column(run, path, "text"), column(run, path, "row_id"), strict=True))
+    assert by_text["zebra"] == "1"
+    assert by_text["apple"] in ("0", "2")
+
+
+def test_only_the_snapshots_folder_holds_texts(project: Project) -> None:
+    put_all(project, "a distinctive apple")
+
+    make_plan(project)
+
+    assert b"distinctive" not in project.everything_stored()
+
+
+def test_the_cache_is_asked_in_bulk(project: Project) -> None:
+    put_all(project, *(f"text {i}" for i in range(100)))
+    project.run()
+    run = project.take()
+    requests = watch(run.storage)
+
+    plan(run, project.connections)
+
+    cache_requests = [made for made in requests.made if made[1].startswith("cache/")]
+    assert len(cache_requests) <= 17
+    assert {operation for operation, _ in cache_requests} == {"ListObjectsV2"}
+
+
+def test_a_new_spec_makes_all_texts_new_and_counts_the_rows_of_the_old_one(either: Project) -> None:
+    put_all(either, "apple", "zebra", "apple", None)
+    either.run()
+    either.change(revision=2)
+
+    _, planned = make_plan(either)
+
+    assert (planned.cached, planned.new) == (0, 2)
+    assert (planned.target_rows, planned.older_spec_rows) == (3, 3)
+    [_, told] = describe(planned, either.dataset)
+    assert "3 of 3 rows" in told
+    assert "--all" in told
+
+
+def test_under_the_same_spec_nothing_is_said_of_old_rows(either: Project) -> None:
+    put_all(either, "apple")
+    either.run()
+
+    _, planned = make_plan(either)
+
+    assert (planned.target_rows, planned.older_spec_rows) == (1, 0)
+    assert len(describe(planned, either.dataset)) == 1
+
+
+def test_the_plan_says_what_is_new(project: Project) -> None:
+    put_all(project, "apple", "zebra", "x" * 50, None)
+    project.change(source={"max_chars": 20})
+    write_record(project, "zebra")
+
+    _, planned = make_plan(project)
+
+    [told] = describe(planned, project.dataset)
+    for words in ("3 rows", "1 more are blank", "3 distinct texts", "1 cached", "1 new", "1 over 20", "1 shards"):
+        assert words in told
+
+
+def test_settings_that_are_not_in_force_are_told(project: Project) -> None:
+    _, planned = make_plan(project)
+    project.change(lock={"conn_id": "redis"}, llm={"requests_per_minute": 5}, alerts={"to": ["team@example.com"]})
+
+    told = describe(planned, project.dataset)[1:]
+
+    assert [line.split("`")[1] for line in told] == ["lock", "llm.requests_per_minute", "alerts"]
+
+
+def test_a_budget_needs_a_known_price(project: Project) -> None:
+    project.change(llm={"price": None}, limits={"max_cost_usd": 5})
+    run = project.take()
+
+    with pytest.raises(InputError, match=r"`limits\.max_cost_usd`.*`offline-stand-in`.*`llm\.price`"):
+        plan(run, project.connections)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llm": {"price": 0}, "limits": {"max_cost_usd": 5}},
+        {"llm": {"price": None, "model": "gpt-5-mini"}, "limits": {"max_cost_usd": 5}},
+        {"llm": {"price": None}},
+    ],
+    ids=["given", "of-the-library", "no-budget"],
+)
+def test_a_plan_is_made_where_the_price_is_known_or_not_needed(project: Project, changes: dict[str, Any]) -> None:
+    put_all(project, "apple")
+    project.change(**changes)
+
+    assert make_plan(project)[1].new == 1
+
+
+def test_batch_mode_is_refused(project: Project) -> None:
+    project.change(llm={"mode": "batch"})
+    run = project.take()
+
+    with pytest.raises(InputError, match=r"`llm\.mode`: batch.*`mode: online`"):
+        plan(run, project.connections)
+
+
+def test_without_a_snapshot_there_is_no_plan(project: Project) -> None:
+    run = project.open("none")
+
+    with pytest.raises(InputError, match="run `none` of `notes` has no .*`tagger snapshot` has not succeeded"):
+        plan(run, project.connections)
+
+
+def test_a_plan_made_again_replaces_the_first(project: Project) -> None:
+    put_all(project, "apple", "zebra")
+    run, first = make_plan(project)
+    write_record(project, "zebra")
+
+    second = plan(run, project.connections)
+
+    assert run.plan() == second
+    assert (second.plan_id != first.plan_id, second.new) == (True, 1)
+    assert shard_texts(run, second) == [["apple"]]
+
+
+def test_a_plan_that_cannot_be_made_again_leaves_none(project: Project) -> None:
+    put_all(project, "apple")
+    run, _ = make_plan(project)
+    run.storage.delete(run.snapshot().rows_file)
+
+    with pytest.raises(Exception, match="rows-"):
+        plan(run, project.connections)
+
+    with pytest.raises(InputError, match=r"no plan\.json"):
+        run.plan()
+
+
+def test_an_edit_of_the_file_after_the_snapshot_changes_nothing(project: Project) -> None:
+    put_all(project, "apple")
+    run = project.take()
+    before = spec_id(project.dataset)
+    project.change(prompt="You tag something else.")
+
+    assert plan(run, project.connections).spec_id == before
+
+
+def test_the_selection_does_not_matter_to_what_is_new(project: Project) -> None:
+    put_all(project, "apple")
+    run = project.take(all_rows=True)
+
+    assert plan(run, project.connections).new == 1
+    assert run.snapshot().selection == Selection(rows="all", unfinished=True)
