@@ -121,7 +121,9 @@ def live_estimate(console: Console, datasets: list[Dataset]) -> None:
     """Say what the live demo costs at most, from the number of characters."""
     total = 0.0
     for dataset in datasets:
-        texts = tables.texts(dataset.source.table, dataset.source.text_columns)
+        texts = {
+            text for _, text in tables.sample(dataset.source.table, dataset.source.text_columns, day2=True) if text
+        }
         # about 4 characters a token in English, 1 in Japanese; reasoning models answer with some hundred tokens
         tokens = sum(_tokens(text) for text in texts) + len(texts) * _tokens(instructions(dataset))
         cost = cost_usd(Usage(input=tokens, output=400 * len(texts)), price_of(dataset.llm))

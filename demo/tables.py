@@ -66,7 +66,9 @@ def tagged_rows(database: Path, table: str, target: str, key: str, text: str, id
         return [row for row in found if row is not None]
 
 
-def texts(table: str, columns: list[str]) -> set[str]:
-    """Return the distinct texts of both days."""
-    rows = [row for file in (f"{table}.csv", f"{table}.day2.csv") for row in _rows(file)]
-    return {text for row in rows if (text := "\n\n".join(row[column] for column in columns).strip())}
+def sample(table: str, columns: list[str], *, day2: bool) -> list[tuple[str, str]]:
+    """Return id and text of a sample table's rows as on day 1, or all that were there on either day."""
+    files = (f"{table}.csv", f"{table}.day2.csv") if day2 else (f"{table}.csv",)
+    rows = [row for file in files for row in _rows(file)]
+    key = next(name for name in rows[0] if name.endswith("id"))
+    return [(row[key], "\n\n".join(row[column] for column in columns if row[column].strip())) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from demo.stand_in import StandIn
+from demo.stand_in import Reply, StandIn, choose_tags, completion, read_question
 from tagger.connections import Connection, s3_client
 from tagger.runs import Run
 from tagger.storage import Storage
@@ -98,3 +99,15 @@ def watch(storage: Storage) -> Requests:
 
     storage._client.meta.events.register("provide-client-params.s3", note)
     return requests
+
+
+def teach(llm: StandIn, **replies: Reply) -> None:
+    """Make the stand-in answer texts that contain a word with a reply of ours, and the others as ever."""
+
+    def answer(request: dict[str, Any]) -> Reply:
+        question = read_question(request)
+        known = next((reply for word, reply in replies.items() if word in question.text), None)
+        return known or completion(json.dumps({"tags": choose_tags(question)}))
+
+    llm._script.clear()
+    llm.script(*[answer] * (500 if replies else 0))

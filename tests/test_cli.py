@@ -1,0 +1,525 @@
+"""The console script: the same steps as the DAG, one clear line and exit code 2 for wrong input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from botocore.retries.standard import ExponentialBackoff
+
+from demo.servers import free_port
+from demo.stand_in import completion, error
+from tagger.cli import main
+from tagger.report import Summary
+from tests.project import Project, merged
+from tests.servers import PostgreSQL, S3Store
+
+DAY = "2026-11-20"
+
+
+@dataclass
+class Shell:
+    """A user's shell: dataset files in a folder, connections in the environment, and what a command printed."""
+
+    project: Project
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str]
+    out: str = ""
+    err: str = ""
+
+    def write(self, name: str = "notes", **changes: Any) -> Path:
+        """Write a dataset file: the project's content with changes."""
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(merged(self.project.content, changes), allow_unicode=True))
+        return path
+
+    def connect(self, conn_id: str, **fields: Any) -> None:
+        """Set a connection's variable."""
+        self.monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", json.dumps(fields))
+
+    def connect_store(self, store: S3Store, **changes: str) -> None:
+        """Set the connection of an S3 server."""
+        fields = {"login": store.access_key, "password": store.secret_key, **changes}
+        self.connect("aws_default", conn_type="aws", extra={"endpoint_url": store.endpoint}, **fields)
+
+    def run(self, *arguments: str) -> int:
+        """Run a command as the console script does, and keep its output."""
+        self.capture.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as e:
+            assert isinstance(e.code, int)
+            code = e.code
+        self.out, self.err = self.capture.readouterr()
+        return code
+
+    @property
+    def complaints(self) -> list[str]:
+        """The lines that the console script itself wrote to stderr; the steps' log aside."""
+        return [line for line in self.err.splitlines() if line.startswith("tagger")]
+
+    def summary(self) -> Summary:
+        """Return the summary that is the last line of stdout."""
+        return Summary.model_validate_json(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def shell(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shell:
+    """A shell with a dataset `notes` of two rows and all that it needs."""
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    shell = Shell(project, folder, monkeypatch, capsys)
+    monkeypatch.setenv("TAGGER_DATASETS", str(folder))
+    shell.connect("db", conn_type="sqlite", host=project.database_connection.host)
+    shell.connect("openai_default", conn_type="openai", host=project.llm.base_url, password="key")
+    shell.connect_store(project.store)
+    shell.write()
+    project.put(1, "apple pie", f"{DAY}T10:00:00")
+    project.put(2, "a zebra in the rain", "2026-11-21T10:00:00")
+    return shell
+
+
+def assert_complains(shell: Shell, complaint: str) -> None:
+    __tracebackhide__ = True
+    assert len(shell.complaints) == 1, shell.err
+    assert re.search(complaint, shell.complaints[0]), shell.err
+    assert "Traceback" not in shell.err
+    assert "s3cret-Pa55word" not in shell.err
+
+
+# commands
+
+
+def test_check_says_what_is_in_order(shell: Shell) -> None:
+    assert shell.run("check", "notes") == 0
+
+    assert "notes: source notes: there, its ids are integer" in shell.out
+    assert "notes: target note_tags: missing" in shell.out
+    assert f"notes: storage s3://{shell.project.store.bucket}: there" in shell.out
+    assert "answers, and has offline-stand-in" in shell.out
+    assert not shell.complaints
+    assert not shell.project.llm.calls
+    assert not shell.project.target()
+
+
+def test_check_without_a_name_looks_at_all_files(shell: Shell) -> None:
+    shell.write("others", dataset="others", target={"table": "other_tags"})
+
+    assert shell.run("check") == 0
+    assert {line.split(":")[0] for line in shell.out.splitlines()} == {"notes", "others"}
+
+
+def test_check_goes_on_after_a_file_that_is_wrong(shell: Shell) -> None:
+    shell.write("a_wrong", dataset="wrong", target={"table": "wrong_tags"}, max_tags=0)
+
+    assert shell.run("check") == 2
+    assert "a_wrong.yaml: `max_tags`: found 0" in shell.err
+    assert "notes: source notes: there" in shell.out
+
+
+def test_check_create_makes_bucket_and_target_table(shell: Shell) -> None:
+    bucket = f"{shell.project.store.bucket}-new"
+    shell.write(storage=f"s3://{bucket}/below")
+
+    assert shell.run("check", "notes", "--create") == 0
+    assert "notes: target note_tags: made" in shell.out
+    assert f"notes: storage s3://{bucket}/below: made" in shell.out
+    shell.project.store.client().head_bucket(Bucket=bucket)
+    with shell.project.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM note_tags").scalar_one() == 0
+    assert shell.run("check", "notes", "--create") == 0
+    assert "note_tags: there" in shell.out
+
+
+@pytest.mark.parametrize("name", ["mine", "my_file", "path"])
+def test_dataset_is_given_by_its_name_its_file_or_its_path(shell: Shell, name: str) -> None:
+    path = shell.write("my_file", dataset="mine", target={"table": "my_tags"})
+
+    assert shell.run("check", str(path) if name == "path" else name) == 0
+    assert "my_file: target my_tags: missing" in shell.out
+
+
+def test_run_tags_the_rows_and_prints_its_summary_last(shell: Shell) -> None:
+    assert shell.run("run", "notes", "--run-id", "first", "--json") == 0
+
+    summary = shell.summary()
+    assert (summary.run_id, summary.state, summary.texts, summary.tagged) == ("first", "success", 2, 2)
+    assert summary == shell.project.summary(shell.project.open("first"))
+    assert {row_id: row.tags for row_id, row in shell.project.target().items()} == {
+        1: ["fruit"],
+        2: ["animal", "weather"],
+    }
+    assert "Traceback" not in shell.err
+
+
+def test_run_without_json_prints_nothing_to_stdout(shell: Shell) -> None:
+    shell.project.execute("DELETE FROM notes")
+
+    assert shell.run("run", "notes") == 0
+    assert shell.out == ""
+
+
+def test_steps_by_hand_equal_a_run(shell: Shell) -> None:
+    shell.write("by_hand", dataset="by_hand", target={"table": "hand_tags"}, revision=2, shards={"texts_per_shard": 1})
+    shell.write(shards={"texts_per_shard": 1})
+    assert shell.run("run", "notes", "--run-id", "id", "--json") == 0
+    whole = shell.summary()
+
+    for step in (["snapshot"], ["plan"], ["tag", "--shard", "2"], ["tag", "--shard", "1"], ["load"]):
+        assert shell.run(step[0], "by_hand", "--run-id", "id", *step[1:]) == 0
+        assert shell.out == ""
+    assert shell.run("report", "by_hand", "--run-id", "id", "--json") == 0
+    parts = shell.summary()
+
+    of_each = {"dataset", "spec_id", "started_at", "finished_at", "seconds"}
+    assert parts.model_dump(exclude=of_each) == whole.model_dump(exclude=of_each)
+    tables = []
+    for table in ("note_tags", "hand_tags"):
+        with shell.project.engine.connect() as connection:
+            query = f"SELECT row_id, tags, status, error, model, run_id FROM {table} ORDER BY row_id"
+            tables.append(connection.exec_driver_sql(query).all())
+    assert len(tables[0]) == 2
+    assert tables[0] == tables[1]
+
+
+def test_tag_without_a_shard_takes_all_shards(shell: Shell) -> None:
+    shell.write(shards={"texts_per_shard": 1})
+    for step in ("snapshot", "plan", "tag", "load", "report"):
+        assert shell.run(step, "notes", "--run-id", "id") == 0
+
+    assert [row.status for row in shell.project.target().values()] == ["tagged", "tagged"]
+
+
+def test_steps_of_a_run_read_the_frozen_dataset(shell: Shell) -> None:
+    shell.run("snapshot", "notes", "--run-id", "id")
+    shell.write(tags=[{"id": "other", "description": "apple zebra"}])
+    for step in ("plan", "tag", "load"):
+        assert shell.run(step, "notes", "--run-id", "id") == 0
+
+    assert shell.project.target()[1].tags == ["fruit"]
+
+
+def test_day_takes_the_rows_of_that_day(shell: Shell) -> None:
+    shell.write(source={"updated_at": "updated_at"})
+
+    assert shell.run("run", "notes", "--day", DAY, "--json") == 0
+    assert (shell.summary().day, shell.summary().rows) == (DAY, 1)
+    assert list(shell.project.target()) == [1]
+
+
+def test_all_takes_all_rows_however_old(shell: Shell) -> None:
+    shell.write(source={"updated_at": "updated_at"})
+    shell.project.put(3, "old cherry", "1999-01-01T00:00:00")
+
+    assert shell.run("run", "notes", "--all", "--json") == 0
+    assert shell.summary().rows == 3
+
+
+def test_report_shows_the_latest_run(shell: Shell) -> None:
+    shell.project.execute("DELETE FROM notes")
+    shell.run("run", "notes", "--run-id", "z-first")
+    shell.run("run", "notes", "--run-id", "a-second")
+
+    assert shell.run("report", "notes") == 0
+    assert "a-second · success" in shell.out
+    assert "0 distinct" in shell.out
+    assert shell.run("report", "notes", "--json") == 0
+    assert shell.summary().run_id == "a-second"
+
+
+def test_report_without_a_name_shows_every_dataset(shell: Shell) -> None:
+    shell.write("others", dataset="others", target={"table": "other_tags"})
+    shell.project.execute("DELETE FROM notes")
+    shell.run("run", "notes", "--run-id", "first")
+
+    assert shell.run("report") == 0
+    assert "first · success" in shell.out
+    assert "others: no run yet" in shell.err
+
+
+def test_empty_table_is_a_success_with_zeros(shell: Shell) -> None:
+    shell.project.execute("DELETE FROM notes")
+
+    assert shell.run("run", "notes", "--json") == 0
+    summary = shell.summary()
+    assert summary.state == "success"
+    assert (summary.rows, summary.texts, summary.tagged, summary.llm_requests, summary.cost_usd) == (0, 0, 0, 0, 0.0)
+    assert shell.project.target() == {}
+
+
+def test_environment_of_the_sdks_serves_without_connections(shell: Shell) -> None:
+    for name in ("AIRFLOW_CONN_AWS_DEFAULT", "AIRFLOW_CONN_OPENAI_DEFAULT"):
+        shell.monkeypatch.delenv(name)
+    store = shell.project.store
+    shell.monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.endpoint)
+    shell.monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.access_key)
+    shell.monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store.secret_key)
+    shell.monkeypatch.setenv("OPENAI_API_KEY", "key")
+    shell.monkeypatch.setenv("OPENAI_BASE_URL", shell.project.llm.base_url)
+
+    assert shell.run("run", "notes", "--json") == 0
+    assert shell.summary().tagged == 2
+
+
+# exit code 1: the work failed
+
+
+def test_too_many_failed_texts_exit_1_with_the_summary(shell: Shell) -> None:
+    shell.project.llm.script(error(400, "No."), error(400, "No."))
+
+    assert shell.run("run", "notes", "--json") == 1
+    assert (shell.summary().state, shell.summary().failed) == ("failed", 2)
+    assert_complains(shell, "2 of 2 texts failed")
+
+
+def test_reached_budget_exits_1(shell: Shell) -> None:
+    shell.write(llm={"concurrency": 1, "price": {"input": 1000.0, "output": 1000.0}}, limits={"max_cost_usd": 0.01})
+
+    assert shell.run("run", "notes", "--json") == 1
+    assert (shell.summary().tagged, shell.summary().skipped) == (1, 1)
+    assert_complains(shell, "budget reached")
+
+
+def test_key_that_is_refused_after_the_first_answer_exits_1(shell: Shell) -> None:
+    shell.write(llm={"concurrency": 1})
+    shell.project.llm.script(completion('{"tags": ["fruit"]}'), error(401, "Expired.", "invalid_api_key"))
+
+    assert shell.run("run", "notes", "--json") == 1
+    assert (shell.summary().tagged, shell.summary().skipped) == (1, 1)
+    assert_complains(shell, "refuses the API key")
+
+
+# exit code 2: the input is wrong, or something is unreachable
+
+Break = Callable[[Shell], object]
+
+
+def missing_connection(shell: Shell) -> None:
+    shell.monkeypatch.delenv("AIRFLOW_CONN_DB")
+
+
+def bad_connection(shell: Shell) -> None:
+    shell.monkeypatch.setenv("AIRFLOW_CONN_DB", "postgres://user:s3cret-Pa55word@host:port/db")
+
+
+def missing_file(shell: Shell) -> None:
+    shell.connect("db", conn_type="sqlite", host="missing.db")
+
+
+def file_that_is_no_database(shell: Shell) -> None:
+    path = shell.folder / "text.db"
+    path.write_text("This is a text, and no database at all. " * 100)
+    shell.connect("db", conn_type="sqlite", host=str(path))
+
+
+def closed_postgresql(shell: Shell) -> None:
+    shell.connect("db", conn_type="postgres", host="127.0.0.1", port=free_port(), login="u", password="s3cret-Pa55word")
+
+
+def closed_s3(shell: Shell) -> None:
+    store = shell.project.store
+    shell.connect_store(S3Store(f"http://127.0.0.1:{free_port()}", store.access_key, store.secret_key, store.bucket))
+    # botocore pauses between its tries, for half a minute in all
+    shell.monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0)
+
+
+def no_s3_keys(shell: Shell) -> None:
+    shell.connect("aws_default", conn_type="aws", extra={"endpoint_url": shell.project.store.endpoint})
+
+
+def no_llm_key(shell: Shell) -> None:
+    shell.monkeypatch.delenv("AIRFLOW_CONN_OPENAI_DEFAULT")
+
+
+def wrong_llm_key(shell: Shell) -> None:
+    shell.project.llm.api_key = "another"
+
+
+def foreign_target(shell: Shell) -> None:
+    shell.project.execute("CREATE TABLE note_tags (id INTEGER)")
+
+
+def changed(**changes: Any) -> Break:
+    return lambda shell: shell.write(**changes)
+
+
+BAD: dict[str, tuple[Break, str]] = {
+    "unknown key": (changed(max_tag=3), "notes.yaml: `max_tag`: found an unknown key, expected `max_tags`"),
+    "missing table": (changed(source={"table": "missing"}), "`source.table`: .*`missing`"),
+    "missing id column": (changed(source={"id_column": "nr"}), "`source.id_column`: .*`nr`.*it has id, body"),
+    "missing text column": (changed(source={"text_columns": ["text"]}), "`source.text_columns`: .*`text`"),
+    "missing time column": (changed(source={"updated_at": "at"}), "`source.updated_at`: .*`at`"),
+    "missing database file": (missing_file, "connection `db`: no SQLite file missing.db"),
+    "file that is no database": (file_that_is_no_database, "connection `db`: .*not a database"),
+    "unreachable PostgreSQL": (closed_postgresql, "connection `db`: the database does not answer"),
+    "missing connection": (missing_connection, r"no connection `db`: .*\$AIRFLOW_CONN_DB"),
+    "bad connection": (bad_connection, r"\$AIRFLOW_CONN_DB is neither"),
+    "missing bucket": (changed(storage="s3://no-such-bucket"), "no bucket `no-such-bucket`.*tagger check --create"),
+    "unreachable S3": (closed_s3, "s3://.*: S3 does not answer at http://127.0.0.1"),
+    "no S3 keys": (no_s3_keys, "s3://.*credentials"),
+    "no API key": (no_llm_key, "no API key: .*`openai_default`"),
+    "wrong API key": (wrong_llm_key, "LLM endpoint http://127.0.0.1:.* refuses the API key .HTTP 401"),
+    "target of another shape": (foreign_target, "`target.table`: table note_tags exists, but has no column `row_id`"),
+}
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize(("spoil", "complaint"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line_and_exit_2(
+    shell: Shell, command: str, spoil: Break, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spoil(shell)
+
+    assert shell.run(command, "notes") == 2, shell.err
+    assert_complains(shell, complaint)
+
+
+def test_unreachable_llm_is_one_clear_line_and_exit_2(shell: Shell) -> None:
+    shell.connect("openai_default", conn_type="openai", host=f"http://127.0.0.1:{free_port()}/v1", password="key")
+
+    assert shell.run("check", "notes") == 2
+    assert_complains(shell, r"LLM endpoint http://127.0.0.1:\d+/v1/ does not answer")
+
+
+def test_model_that_the_endpoint_does_not_have_exits_2(shell: Shell) -> None:
+    shell.write(llm={"model": "gpt-unknown"})
+
+    assert shell.run("check", "notes") == 2
+    assert_complains(shell, "has no model `gpt-unknown`")
+
+
+def test_stand_in_that_answers_for_another_model_exits_2_and_records_nothing(shell: Shell) -> None:
+    shell.write(llm={"model": "gpt-5-mini"})
+
+    assert shell.run("run", "notes") == 2
+    assert_complains(shell, "offline stand-in, which is no LLM")
+    assert b"cache/" not in shell.project.everything_stored()
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("wrong", [{"password": "wrong"}, {"login": "unknown"}], ids=["secret", "key"])
+def test_wrong_s3_keys_are_one_clear_line_and_exit_2(
+    shell: Shell, seaweedfs: S3Store, command: str, wrong: dict[str, str]
+) -> None:
+    shell.write(storage=f"s3://{seaweedfs.bucket}")
+    shell.connect_store(seaweedfs, **wrong)
+
+    assert shell.run(command, "notes") == 2
+    assert_complains(shell, r"s3://tagger: .*access denied")
+
+
+def test_wrong_password_of_postgresql_exits_2(shell: Shell, postgresql: PostgreSQL) -> None:
+    shell.connect(
+        "db",
+        conn_type="postgres",
+        host="127.0.0.1",
+        port=postgresql.database.port,
+        login=postgresql.user,
+        password="s3cret-Pa55word",
+        schema="postgres",
+    )
+
+    assert shell.run("run", "notes") == 2
+    assert_complains(shell, "connection `db`: .*password authentication failed")
+
+
+def test_missing_database_of_postgresql_exits_2(shell: Shell, postgresql: PostgreSQL) -> None:
+    shell.monkeypatch.setenv("AIRFLOW_CONN_DB", postgresql.airflow_uri.replace("/postgres", "/missing"))
+
+    assert shell.run("run", "notes") == 2
+    assert_complains(shell, 'connection `db`: .*database "missing" does not exist')
+
+
+ARGUMENTS: dict[str, tuple[list[str], str]] = {
+    "unknown dataset": (["run", "nots"], r"no dataset `nots` in .*there: notes.*\$TAGGER_DATASETS"),
+    "missing file": (["run", "missing.yaml"], "no dataset file missing.yaml"),
+    "unknown dataset to check": (["check", "nots"], "no dataset `nots`"),
+    "bad run id": (["run", "notes", "--run-id", "a/b"], "run id 'a/b': only letters"),
+    "empty run id": (["plan", "notes", "--run-id", ""], "run id ''"),
+    "unknown run id, plan": (["plan", "notes", "--run-id", "nope"], "run `nope` of `notes` has no .*tagger snapshot"),
+    "unknown run id, tag": (["tag", "notes", "--run-id", "nope"], "run `nope` of `notes` has no"),
+    "unknown run id, load": (["load", "notes", "--run-id", "nope"], "run `nope` of `notes` has no"),
+    "unknown run id, report": (["report", "notes", "--run-id", "nope"], "run `nope` of `notes` has no"),
+    "run id without a dataset": (["report", "--run-id", "x"], "`--run-id` needs a DATASET"),
+    "bad day": (["run", "notes", "--day", "yesterday"], "'yesterday' is no date such as 2026-11-30"),
+    "day that does not exist": (["run", "notes", "--day", "2026-02-30"], "'2026-02-30' is no date"),
+    "day with all": (["run", "notes", "--day", DAY, "--all"], "not allowed with"),
+    "day without updated_at": (["run", "notes", "--day", DAY], "needs `source.updated_at`"),
+    "step without a run id": (["plan", "notes"], "--run-id"),
+    "no command": ([], "COMMAND"),
+    "unknown command": (["fly"], "'fly'"),
+    "bad shard": (["tag", "notes", "--run-id", "x", "--shard", "one"], "'one'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_wrong_arguments_are_one_clear_line_and_exit_2(shell: Shell, arguments: list[str], complaint: str) -> None:
+    assert shell.run(*arguments) == 2
+    assert_complains(shell, complaint)
+    assert not shell.project.llm.calls
+
+
+def test_shard_that_the_plan_does_not_have_exits_2(shell: Shell) -> None:
+    shell.run("snapshot", "notes", "--run-id", "id")
+    shell.run("plan", "notes", "--run-id", "id")
+
+    assert shell.run("tag", "notes", "--run-id", "id", "--shard", "2") == 2
+    assert_complains(shell, "has 1 shards, no shard 2")
+
+
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
+def test_day_at_the_end_of_the_calendar_gives_no_traceback(shell: Shell, day: str) -> None:
+    shell.write(source={"updated_at": "updated_at"}, timezone="Asia/Tokyo")
+
+    assert shell.run("run", "notes", "--day", day) in (0, 2)
+
+
+def test_folder_without_datasets_exits_2(shell: Shell) -> None:
+    (shell.folder / "notes.yaml").unlink()
+
+    assert shell.run("check") == 2
+    assert_complains(shell, r"no dataset files in .*\$TAGGER_DATASETS")
+
+
+def test_every_mistake_of_a_file_has_its_line(shell: Shell) -> None:
+    shell.write(max_tags=0, max_tag=3)
+
+    assert shell.run("run", "notes") == 2
+    assert "`max_tags`: found 0" in shell.err
+    assert "`max_tag`: found an unknown key" in shell.err
+
+
+# the installed script
+
+
+def installed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(sysconfig.get_path("scripts"), "tagger")
+    return subprocess.run([str(script), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_installed_script_shows_its_commands() -> None:
+    done = installed("--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in ("check", "snapshot", "plan", "tag", "load", "run", "report"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_installed_script_complains_in_one_line() -> None:
+    done = installed("run", "no_such_dataset")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("tagger: no dataset `no_such_dataset`")
