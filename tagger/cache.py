@@ -82,7 +82,7 @@ def parse_record(body: bytes, model: str) -> Record:
     try:
         fields = json.loads(body)
         version = fields["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedRecord from None
     if isinstance(version, int) and version > RECORD_VERSION:
         raise InputError(

@@ -105,14 +105,11 @@ def _check(options: argparse.Namespace, connections: Connections) -> None:
             for line in check(load_dataset(path), connections, create=options.create):
                 print(f"{path.stem}: {line}")
         except TaggerError as e:
-            print(f"tagger: {e}", file=sys.stderr)
+            if failed is not None:
+                print(f"tagger: {failed}", file=sys.stderr)
             failed = e
     if failed is not None:
-        raise (
-            type(failed)("some datasets are not ready")
-            if type(failed) is InputError
-            else InputError("some datasets are not ready")
-        )
+        raise failed
 
 
 def _snapshot(options: argparse.Namespace, connections: Connections) -> None:

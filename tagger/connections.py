@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from tagger.exceptions import InputError, Unreachable
+from pydantic import BaseModel, ValidationError
+
+from tagger.exceptions import InputError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -30,6 +32,9 @@ LIBPQ_PARAMETERS: tuple[str, ...] = (
 LIBPQ_PARAMETERS += ("sslcrl", "sslkey", "sslmode", "sslpassword", "sslrootcert", "target_session_attrs")
 """Keys of a PostgreSQL connection's extra that libpq takes; Airflow's own (cursor, iam, …) are not passed on."""
 
+
+SQLITE_BUSY_SECONDS = 60
+"""How long a writer waits for another one."""
 
 MAX_S3_CONNECTIONS = 256
 """Kept open at most; they are opened as they are needed."""
@@ -94,8 +99,10 @@ def _from_uri(conn_id: str, value: str) -> Connection:
     host = unquote(parts.netloc.rsplit("@", 1)[-1])
     if parts.port is not None:
         host = host.rsplit(":", 1)[0]
+    if host.startswith("[") and host.endswith("]"):  # IPv6
+        host = host[1:-1]
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    extra = json.loads(query["__extra__"]) if "__extra__" in query else query
+    extra = dict(json.loads(query["__extra__"])) if "__extra__" in query else query
     return Connection(
         conn_id,
         _conn_type(scheme),
@@ -123,8 +130,10 @@ def database(conn_id: str, connections: Connections) -> "sa.Engine":
     connection = connections(conn_id)
     if connection is None:
         raise InputError(f"no connection `{conn_id}`: define it in Airflow or set $AIRFLOW_CONN_{conn_id.upper()}")
+    url = _database_url(connection)
     return sa.create_engine(
-        _database_url(connection),
+        url,
+        connect_args={"timeout": SQLITE_BUSY_SECONDS} if url.drivername == "sqlite" else {},
         hide_parameters=True,
         poolclass=sa.NullPool,
         json_serializer=lambda value: json.dumps(value, ensure_ascii=False),
@@ -155,11 +164,30 @@ def _database_url(connection: Connection) -> "sa.URL":
     )
 
 
-def unreachable_database(conn_id: str, error: Exception) -> Unreachable:
-    """Return the error for a database that does not answer, without the statement and its values."""
-    cause = getattr(error, "orig", None) or error
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    return Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}")
+class AwsService(BaseModel):
+    """What a connection says of one AWS service."""
+
+    endpoint_url: str | None = None
+
+
+class AwsServices(BaseModel):
+    """`service_config` of an `aws` connection's extra."""
+
+    s3: AwsService = AwsService()
+
+
+class AwsExtra(BaseModel):
+    """What is read of an `aws` connection's extra."""
+
+    aws_access_key_id: str | None = None
+    aws_secret_access_key: str | None = None
+    aws_session_token: str | None = None
+    region_name: str | None = None
+    profile_name: str | None = None
+    endpoint_url: str | None = None
+    service_config: AwsServices = AwsServices()
+    role_arn: str | None = None
+    assume_role_method: str | None = None
 
 
 def s3_client(conn_id: str, connections: Connections) -> "S3Client":
@@ -177,13 +205,20 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     from botocore.exceptions import BotoCoreError
 
     connection = connections(conn_id)
-    extra = connection.extra if connection else {}
+    try:
+        extra = AwsExtra.model_validate(connection.extra if connection else {})
+    except ValidationError as e:
+        wrong = e.errors(include_url=False)[0]
+        raise InputError(f"connection `{conn_id}`: `{'.'.join(map(str, wrong['loc']))}`: {wrong['msg']}") from None
     for unsupported in ("role_arn", "assume_role_method"):
-        if extra.get(unsupported):
+        if getattr(extra, unsupported):
             raise InputError(
                 f"connection `{conn_id}`: `{unsupported}` is not supported; give the worker the role, or use a profile"
             )
-    endpoint = extra.get("service_config", {}).get("s3", {}).get("endpoint_url") or extra.get("endpoint_url")
+    keys: tuple[str | None, str | None] = (extra.aws_access_key_id, extra.aws_secret_access_key)
+    if connection is not None and connection.login and connection.password:
+        keys = (connection.login, connection.password)
+    endpoint = extra.service_config.s3.endpoint_url or extra.endpoint_url
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         connect_timeout=10,
@@ -196,11 +231,11 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     )
     try:
         session = boto3.Session(
-            aws_access_key_id=(connection.login if connection else None) or extra.get("aws_access_key_id"),
-            aws_secret_access_key=(connection.password if connection else None) or extra.get("aws_secret_access_key"),
-            aws_session_token=extra.get("aws_session_token"),
-            region_name=extra.get("region_name"),
-            profile_name=extra.get("profile_name"),
+            aws_access_key_id=keys[0] if all(keys) else None,
+            aws_secret_access_key=keys[1] if all(keys) else None,
+            aws_session_token=extra.aws_session_token,
+            region_name=extra.region_name,
+            profile_name=extra.profile_name,
         )
         region = session.region_name or "us-east-1"
         return session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
@@ -221,18 +256,23 @@ def openai_client(conn_id: str, connections: Connections) -> "OpenAI":
 
     connection = connections(conn_id)
     options: dict[str, Any] = {}
-    if connection is not None:
-        options = dict(connection.extra.get("openai_client_kwargs", {}))
-        options.setdefault("base_url", connection.host or None)
-        options.setdefault("api_key", connection.password or None)
-    options["max_retries"] = 0
-    options.setdefault("timeout", httpx.Timeout(120, connect=10))
-    options["http_client"] = httpx.Client(
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), timeout=options["timeout"]
-    )
     try:
+        if connection is not None:
+            options = dict(connection.extra.get("openai_client_kwargs", {}))
+            options.setdefault("base_url", connection.host or None)
+            options.setdefault("api_key", connection.password or None)
+        options["max_retries"] = 0
+        options.setdefault("timeout", httpx.Timeout(120, connect=10))
+        options["http_client"] = httpx.Client(
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), timeout=options["timeout"]
+        )
         return OpenAI(**options)
     except OpenAIError:
         raise InputError(
             f"no API key: neither connection `{conn_id}` (password = key, host = base URL) nor $OPENAI_API_KEY is set"
+        ) from None
+    except (TypeError, ValueError, httpx.InvalidURL):
+        raise InputError(
+            f"connection `{conn_id}`: no client can be made of it: its host must be a base URL, and "
+            "`openai_client_kwargs` of its extra the SDK's arguments"
         ) from None

@@ -3,6 +3,7 @@
 `load_dataset` reads one; every mistake is answered with file, key, what was found and what is expected.
 """
 
+import json
 import os
 import re
 from datetime import date, timedelta
@@ -19,6 +20,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -34,16 +36,22 @@ MAX_ENUM_CHARS = 15_000
 OWN_PARAMS = frozenset({"messages", "model", "n", "stream", "tools", "tool_choice", "functions"})
 """Request parameters that are ours to set."""
 
+LONGEST_DURATION = timedelta(days=36_500)
+"""A hundred years: arithmetic on dates stays within the calendar."""
+
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _parse_duration(value: object) -> timedelta:
     if isinstance(value, timedelta):
         return value
-    match = re.fullmatch(r"(\d+)([smhd])", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([0-9]{1,12})([smhd])", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("a duration such as 30m, 2h or 1d")
-    return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+    seconds = int(match[1]) * _UNITS[match[2]]
+    if seconds > LONGEST_DURATION.total_seconds():
+        raise ValueError(f"a duration such as 30m, 2h or 1d, of at most {LONGEST_DURATION.days}d")
+    return timedelta(seconds=seconds)
 
 
 Duration = Annotated[
@@ -65,7 +73,17 @@ def _check_time_zone(name: str) -> str:
 class Model(BaseModel):
     """Base of the parts of a dataset file: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation in (int, int | None):
+            raise ValueError("an integer")
+        if isinstance(value, bool) and annotation in (float, float | None):
+            raise ValueError("a number")
+        return value
 
 
 class AssetSchedule(Model):
@@ -138,7 +156,13 @@ class LLM(Model):
         taken = sorted(OWN_PARAMS & params.keys())
         if taken:
             raise ValueError(f"request parameters other than {', '.join(taken)}, which tagger sets itself")
-        return params
+        try:
+            plain = json.dumps(params, allow_nan=False, ensure_ascii=False)
+            plain.encode()
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("values that JSON has: text, numbers, true/false, null, lists and keys") from None
+        as_json: dict[str, Any] = json.loads(plain)  # so that the frozen dataset of a run has the same spec
+        return as_json
 
 
 class Tag(Model):
@@ -208,11 +232,8 @@ class Dataset(Model):
     @field_validator("schedule")
     @classmethod
     def _cron(cls, schedule: str | AssetSchedule | None) -> str | AssetSchedule | None:
-        if isinstance(schedule, str):
-            from croniter import croniter
-
-            if not croniter.is_valid(schedule) or (not schedule.startswith("@") and len(schedule.split()) != 5):
-                raise ValueError("a cron expression of five fields, null, or {assets: [uri]}")
+        if isinstance(schedule, str) and not _fires(schedule):
+            raise ValueError("a cron expression of five fields that fires at some time, null, or {assets: [uri]}")
         return schedule
 
     @field_validator("timezone")
@@ -225,6 +246,10 @@ class Dataset(Model):
     def _not_blank(cls, prompt: str) -> str:
         if not prompt.strip():
             raise ValueError("what the texts are and how to tag them")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("text without halves of surrogate pairs") from None
         return prompt
 
     @field_validator("tags")
@@ -265,6 +290,18 @@ class Dataset(Model):
         return ZoneInfo(self.source.timezone or self.timezone)
 
 
+def _fires(schedule: str) -> bool:
+    from croniter import CroniterError, croniter
+
+    if "r" in schedule.lower().split() or (not schedule.startswith("@") and len(schedule.split()) != 5):
+        return False
+    try:
+        croniter(schedule).get_prev()
+    except (CroniterError, ValueError):
+        return False
+    return True
+
+
 def datasets_folder() -> Path:
     """Return `$TAGGER_DATASETS`, or else `dags/datasets` below the working directory."""
     return Path(os.environ.get("TAGGER_DATASETS") or Path("dags", "datasets"))
@@ -298,7 +335,7 @@ def find_dataset(name_or_path: str, folder: Path | None = None) -> Path:
 def _name_in(path: Path) -> str | None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     name = content.get("dataset") if isinstance(content, dict) else None
     return name if isinstance(name, str) else None
@@ -331,13 +368,19 @@ def load_dataset(path: Path) -> Dataset:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without silently overwritten keys."""
+    """YAML without silently overwritten keys, whose every error tells the line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as e:
+            raise yaml.constructor.ConstructorError(None, None, f"no valid value ({e})", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (dict, list)):
+            if isinstance(key, (dict, list, set)):
                 raise yaml.constructor.ConstructorError(None, None, "a key that is not a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key `{key}` twice", key_node.start_mark)
@@ -377,14 +420,18 @@ def parse_dataset(content: Any, file: str) -> Dataset:
         return Dataset.model_validate(content)
     except ValidationError as e:
         errors = e.errors(include_url=False)
-    raise DatasetError(file, [_mistake(error) for error in errors])
+    schedule = content.get("schedule")
+    other_branch = "str" if isinstance(schedule, dict) else "AssetSchedule"
+    told = [error for error in errors if error["loc"][:2] != ("schedule", other_branch)]
+    raise DatasetError(file, [_mistake(error) for error in told])
 
 
+_UNION_BRANCHES = ("str", "AssetSchedule")
 _TYPE_NAMES = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "keys"}
 
 
 def _mistake(error: Any) -> Mistake:
-    location = [part for part in error["loc"] if part not in ("str", "AssetSchedule")]
+    location = [part for part in error["loc"] if part not in _UNION_BRANCHES]
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
@@ -397,8 +444,11 @@ def _mistake(error: Any) -> Mistake:
             key, message = message.split(": ", 1)
             value = value["target"]["table"]
         return Mistake(key, _show(value), message)
+    if kind in ("model_type", "dict_type"):
+        return Mistake(key, _show(value), "keys: " + _known_keys([*location, ""]).removeprefix("one of "))
     if kind == "string_type":
-        return Mistake(key, _show(value), "text (in quotes, if it reads like another type)")
+        forms = ", null, or {assets: [uri]}" if key == "schedule" else ""
+        return Mistake(key, _show(value), f"text (in quotes, if it reads like another type){forms}")
     message = str(error["msg"]).removeprefix("Input should be ")
     return Mistake(key, _show(value), message[0].lower() + message[1:])
 
@@ -432,6 +482,8 @@ def _show(value: Any) -> str:
         return "keys " + ", ".join(map(str, value)) if value else "no keys"
     if isinstance(value, list):
         return f"a list of {len(value)}"
+    if isinstance(value, int) and abs(value) >= 10**80:
+        return "a number of very many digits"
     shown = repr(value) if isinstance(value, str) else str(value)
     name = _TYPE_NAMES.get(type(value))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."

@@ -35,7 +35,7 @@ def build(task: gokart.TaskOnKart[Any], *, threads: int, stop: Callable[[], None
     """
     workers: list[ThreadWorker] = []
     try:
-        with _installed(workers), _quiet():
+        with _installed(workers), _quiet(), _forgetting_handlers():
             gokart.build(task, return_value=False, log_level=logging.INFO, workers=threads)
     except GokartBuildError:
         return False
@@ -161,15 +161,29 @@ def _installed(workers: list[ThreadWorker]) -> Iterator[None]:
 
 
 @contextmanager
+def _forgetting_handlers() -> Iterator[None]:
+    """Take back the handler that each `gokart.build` registers for good: it keeps failed tasks, and so their texts."""
+    events = gokart.TaskOnKart._event_callbacks
+    before = {cls: {event: set(handlers) for event, handlers in known.items()} for cls, known in events.items()}
+    try:
+        yield
+    finally:
+        events.clear()
+        events.update(before)
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep luigi's line per task and traceback per failure out of the log: the ledger has them in short."""
     luigi.configuration.get_config().set("core", "no_configure_logging", "true")
     loggers = [logging.getLogger(name) for name in ("luigi", "luigi-interface", "luigi.scheduler", "gokart")]
     levels = [logger.level for logger in loggers]
+    disabled = logging.root.manager.disable
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.disable(disabled)  # gokart.build leaves it at a value of its own
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -7,6 +7,7 @@ killed attempt is still counted. No attempt replaces another's file.
 
 import io
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,9 +19,11 @@ import pyarrow.parquet as pq
 
 from tagger.cache import Record, Usage
 from tagger.dataset import Price
-from tagger.exceptions import StorageError
+from tagger.exceptions import StorageError, TaggerError
 from tagger.price import cost_usd
 from tagger.runs import Run, utc_now
+
+logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
 """The design asks for at most 10; a write may take some of it."""
@@ -114,10 +117,15 @@ class Ledger:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self._closing.set()
         self._flusher.join()
-        if error is None:
-            self._write("done", None)
-        else:
-            self._write("broken", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        try:
+            if error is None:
+                self._write("done", None)
+            else:
+                self._write("broken", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        except TaggerError as e:
+            if error is None:
+                raise StorageError(str(e)) from None
+            logger.warning("the books of this attempt could not be closed: %s", e)
 
     def spend(self, key: str, row_id: str, usage: Usage) -> None:
         """Count one HTTP request for a text."""
@@ -220,7 +228,7 @@ def _read(run: Run, path: str) -> Attempt:
             ended_at=datetime.fromisoformat(about["ended_at"]),
             outcomes=[Outcome(**row) for row in table.to_pylist()],
         )
-    except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         raise StorageError(f"{run.storage.url}/{path}: damaged; delete it to go on without its counts") from None
 
 

@@ -5,21 +5,21 @@ so that the next run asks again; an answer that would come back the same is reco
 """
 
 import random
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from inspect import signature
+from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 
 from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
 from tagger.prompt import BadAnswer, messages, read_answer, response_format
-
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletion
 
 TRIES = 6
 """HTTP tries of one call, with waits of 1, 2, 4, 8 and 16 s on average unless the server says otherwise."""
@@ -72,7 +72,7 @@ class Client:
         self._dataset = dataset
         self._client = client
         self._format = dataset.llm.params.get("response_format", response_format(dataset))
-        self._params = {k: v for k, v in dataset.llm.params.items() if k != "response_format"}
+        self._params = _request_options(client, dataset.llm.params)
         self._stop = threading.Event()
         self._answered = threading.Event()
         self.stopped_by: LLMStopped | None = None
@@ -106,26 +106,29 @@ class Client:
                 return answer
         raise AssertionError
 
-    def _read(self, completion: "ChatCompletion") -> Answer:
+    def _read(self, completion: ChatCompletion) -> Answer:
         model = completion.model or self._dataset.llm.model
         if model == STAND_IN_MODEL != self._dataset.llm.model:
             raise self._refused(
                 f"the endpoint is the offline stand-in, which is no LLM, but `llm.model` is "
                 f"{self._dataset.llm.model!r}: nothing was recorded; set `llm.model: {STAND_IN_MODEL}` to play with it"
             )
-        if not completion.choices:
-            raise BadAnswer("no choices")
-        choice = completion.choices[0]
-        finish: str = choice.finish_reason or "unknown"
+        self._answered.set()
+        try:
+            choice = completion.choices[0]
+            finish: str = choice.finish_reason or "unknown"
+            refusal, content = choice.message.refusal, choice.message.content
+        except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses
+            raise BadAnswer("no message") from None
         reason = None
-        if choice.message.refusal or finish == "refusal":
+        if refusal or finish == "refusal":
             reason = "refusal"
         elif finish in ("length", "content_filter"):
             reason = finish
-        tags = [] if reason else read_answer(self._dataset, choice.message.content)
+        tags = [] if reason else read_answer(self._dataset, content)
         return Answer(tags, reason, model, finish)
 
-    def _complete(self, key: str, text: str, spend: Callable[[Usage], None]) -> "ChatCompletion":
+    def _complete(self, key: str, text: str, spend: Callable[[Usage], None]) -> ChatCompletion:
         """Make one call, repeated while that is of use."""
         retrying = Retrying(
             retry=retry_if_exception_type(_Again),
@@ -142,9 +145,10 @@ class Client:
             raise self._refused(f"{self._endpoint()} does not answer: {message}", LLMUnreachable)
         raise TextFailed(kind, message)
 
-    def _try(self, key: str, text: str, spend: Callable[[Usage], None]) -> "ChatCompletion":
+    def _try(self, key: str, text: str, spend: Callable[[Usage], None]) -> ChatCompletion:
         if self._stop.is_set():
             raise self.stopped_by or Stopped
+        error: Exception
         try:
             completion = self._client.chat.completions.create(
                 model=self._dataset.llm.model,
@@ -153,24 +157,20 @@ class Client:
                 **self._params,
             )
         except openai.APIStatusError as e:
-            spend(Usage())
-            raise self._error_of(e) from None
+            error = self._error_of(e)
         except openai.APITimeoutError:
-            spend(Usage())
-            raise _Again(TextFailed("timeout", "no answer in time")) from None
+            error = _Again(TextFailed("timeout", "no answer in time"))
         except openai.APIConnectionError as e:
-            spend(Usage())
-            cause = type(e.__cause__ or e).__name__
-            raise _Again(TextFailed("connection", f"the connection failed ({cause})")) from None
-        except (openai.APIResponseValidationError, ValueError, TypeError) as e:
-            # ValueError: a body that is no JSON, or a text that cannot be encoded; their messages quote both
-            spend(Usage())
-            raise TextFailed(
-                "bad_response", f"the server's answer is no chat completion ({type(e).__name__})"
-            ) from None
-        spend(_usage(completion))
-        self._answered.set()
-        return completion
+            error = _Again(TextFailed("connection", f"the connection failed ({type(e.__cause__ or e).__name__})"))
+        except (openai.APIResponseValidationError, ValueError):  # no JSON, or a text that cannot be encoded
+            error = TextFailed("bad_response", "the server's answer is no chat completion")
+        else:
+            if isinstance(completion, ChatCompletion):
+                spend(_usage(completion))
+                return completion
+            error = TextFailed("bad_response", "the server's answer is no chat completion")
+        spend(Usage())
+        raise error  # out here, so that no error of the SDK, which may quote the text, is its context
 
     def _error_of(self, error: openai.APIStatusError) -> Exception:
         """Return what an HTTP error means for this text, or for all of them. The server's words are not kept."""
@@ -189,21 +189,22 @@ class Client:
             kind = "rate_limited" if status == 429 else "server_error"
             return _Again(TextFailed(kind, f"HTTP {status} after {TRIES} tries"), _retry_after(error))
         if status in (400, 413, 422):
-            if "context_length" in words or "maximum context" in words or status == 413:
+            if status == 413 or any(w in words for w in ("context_length", "maximum context", "context size")):
                 return _Refusal("context_length")
             if "content_filter" in words or "content management policy" in words:
                 return _Refusal("content_filter")
-            if "response_format" in param or any(w in words for w in ("response_format", "json_schema", "schema")):
+            if "response_format" in param or "json_schema" in words or "response_format" in words:
                 return self._refused(
                     f"{self._endpoint()} does not take the answer's schema (HTTP {status}{_paren(code)}): {SCHEMA_HINT}"
                 )
-            if "model" in param or "model_not_found" in words:
+            if param == "model" or code == "model_not_found":
                 return self._refused(
                     f"{self._endpoint()} does not know the model {self._dataset.llm.model!r} (HTTP {status})"
                 )
-            if "unsupported" in code or "unknown_parameter" in code or param in self._params:
+            if code in ("unsupported_parameter", "unsupported_value", "unknown_parameter") or param in self._params:
+                named = f" `{param}`" if _is_plain(param) else ""
                 return self._refused(
-                    f"{self._endpoint()} does not take the request parameter `{param}` (HTTP {status}{_paren(code)}): "
+                    f"{self._endpoint()} does not take a request parameter{named} (HTTP {status}{_paren(code)}): "
                     "see `llm.params` in the dataset file"
                 )
         return TextFailed("rejected", f"HTTP {status}{_paren(code)}")
@@ -248,14 +249,29 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
         return None
 
 
-def _usage(completion: "ChatCompletion") -> Usage:
-    usage = completion.usage
-    if usage is None:
+def _usage(completion: ChatCompletion) -> Usage:
+    try:
+        usage = completion.usage
+        if usage is None:
+            return Usage()
+        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        return Usage(input=usage.prompt_tokens or 0, cached_input=cached or 0, output=usage.completion_tokens or 0)
+    except (AttributeError, ValueError):  # the SDK does not check the shape of what it parses
         return Usage()
-    details = usage.prompt_tokens_details
-    cached = details.cached_tokens if details else 0
-    return Usage(input=usage.prompt_tokens or 0, cached_input=cached or 0, output=usage.completion_tokens or 0)
+
+
+def _request_options(client: openai.OpenAI, params: dict[str, Any]) -> dict[str, Any]:
+    """Return `llm.params` as the SDK takes them: those it does not know go into the body as they are."""
+    known = signature(client.chat.completions.create).parameters
+    options = {k: v for k, v in params.items() if k in known and k != "response_format"}
+    own = {k: v for k, v in params.items() if k not in known}
+    return {**options, "extra_body": {**own, **options.get("extra_body", {})}} if own else options
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a word of the server's is a name and nothing else: it may quote the text."""
+    return re.fullmatch(r"[A-Za-z0-9_.]{1,40}", word) is not None
 
 
 def _paren(code: str) -> str:
-    return f", {code}" if code else ""
+    return f", {code}" if _is_plain(code) else ""

@@ -19,13 +19,14 @@ from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import Outcome, latest_outcomes, read_attempts
 from tagger.runs import IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
-from tagger.tables import connecting, existing_target, new_target
+from tagger.tables import connecting, existing_target, new_target, only_writer
 
 logger = logging.getLogger(__name__)
 
 GOOD = ("tagged", "refused")
 """Statuses that are an answer to the present text."""
 
+TOO_LONG = "too_long"
 DAMAGED = "the cache record was damaged; the next run tags the text again"
 NOT_ASKED = "not asked: the shard ended early; the next run asks"
 
@@ -45,17 +46,18 @@ def load_back(run: Run, connections: Connections) -> Loaded:
     answers = _answers(run, planned, cache)
     engine = database(dataset.target_conn_id, connections)
     with connecting(engine, dataset.target_conn_id) as connection:
-        target = existing_target(connection, dataset.target.table, taken.id_type)
-        if target is None:
-            target = new_target(dataset.target.table, taken.id_type)
-            target.create(connection, checkfirst=True)
+        with only_writer(connection, dataset.target.table):
+            target = existing_target(connection, dataset.target.table, taken.id_type)
+            if target is None:
+                target = new_target(dataset.target.table, taken.id_type)
+                target.create(connection)
         loading = Loading(connection, target, run.run_id, planned.spec_id, taken)
         loading.stage(_staged(run, dataset, planned, taken.id_type, answers))
-        damaged = loading.resolve(cache)
-        written = loading.write()
-        deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
-        tags = loading.tag_counts()
-        connection.commit()
+        damaged, damaged_row = loading.resolve(cache)
+        with only_writer(connection, dataset.target.table):
+            written = loading.write()
+            deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
+            tags = loading.tag_counts()
     counts = dict.fromkeys(("tagged", "refused", "failed", "skipped", "pending"), 0)
     for status, _, _ in answers.values():
         counts[status] += 1
@@ -65,6 +67,7 @@ def load_back(run: Run, connections: Connections) -> Loaded:
         problem=problem,
         **counts,
         damaged=damaged,
+        damaged_row=damaged_row,
         tags=tags,
         seconds=time.monotonic() - clock,
     )
@@ -101,7 +104,7 @@ def _answers(run: Run, planned: Plan, cache: Cache) -> dict[str, Answer]:
 def _staged(
     run: Run, dataset: Dataset, planned: Plan, ids: IdType, answers: dict[str, Answer]
 ) -> Iterable[list[dict[str, Any]]]:
-    too_long = f"too_long: over {dataset.source.max_chars} characters"
+    too_long = f"{TOO_LONG}: over {dataset.source.max_chars} characters"
     for batch in read_parquet(run.storage, rows_path(run, planned.plan_id)):
         columns = (batch.column(name).to_pylist() for name in ("id", "key", "too_long"))
         staged = []
@@ -110,15 +113,16 @@ def _staged(
                 "row_id": uuid.UUID(row_id) if ids == "uuid" else row_id,
                 "key": key,
                 "status": "cached",
+                "answered": True,
                 **_values(None, None),
             }
             if key is None:
                 row["status"] = "blank"
             elif is_too_long:
-                row.update(status="refused", error=too_long)
+                row.update(status="refused", error=too_long, answered=False)
             elif key in answers:
                 status, error, answer = answers[key]
-                row.update(status=status, **_values(answer, error))
+                row.update(status=status, answered=answer is not None, **_values(answer, error))
             staged.append(row)
         yield staged
 
@@ -144,6 +148,7 @@ class Loading:
             sa.Column("row_id", target.c.row_id.type, primary_key=True, autoincrement=False),
             sa.Column("key", sa.String(32), index=True),
             sa.Column("status", sa.Text),
+            sa.Column("answered", sa.Boolean),
             sa.Column("error", sa.Text),
             sa.Column("tags", target.c.tags.type),
             sa.Column("model", sa.Text),
@@ -153,17 +158,20 @@ class Loading:
 
     def stage(self, batches: Iterable[list[dict[str, Any]]]) -> None:
         """Put the run's rows beside the target."""
-        self._stage.create(self._connection, checkfirst=False)
-        for batch in batches:
-            self._connection.execute(self._stage.insert(), batch)
-        self._connection.commit()
+        with self._connection.begin():
+            self._stage.create(self._connection, checkfirst=False)
+            for batch in batches:
+                self._connection.execute(self._stage.insert(), batch)
 
-    def resolve(self, cache: Cache) -> int:
-        """Fetch the records of those cached texts that the target does not have; return how many are damaged."""
+    def resolve(self, cache: Cache) -> tuple[int, str | None]:
+        """Fetch the records of those cached texts that the target does not have.
+
+        Returns how many of them are damaged, and a row that has such a text.
+        """
         stage, target = self._stage, self._target
         query = (
-            sa.select(stage.c.key)
-            .distinct()
+            sa.select(stage.c.key, sa.func.min(sa.cast(stage.c.row_id, sa.Text)))
+            .group_by(stage.c.key)
             .select_from(stage.outerjoin(target, stage.c.row_id == target.c.row_id))
             .where(
                 stage.c.status == "cached",
@@ -171,34 +179,36 @@ class Loading:
                     target.c.row_id.is_(None),
                     target.c.cache_key.is_distinct_from(stage.c.key),
                     target.c.status.not_in(GOOD),
+                    target.c.error.like(f"{TOO_LONG}%"),
                 ),
             )
         )
-        keys = list(self._connection.execute(query).scalars())
-        self._connection.commit()  # no transaction stays open while S3 is read
-        records = cache.read_many(keys)
+        with self._connection.begin():
+            wanted = {str(key): str(row_id) for key, row_id in self._connection.execute(query)}
+        records = cache.read_many(wanted)  # no transaction is open while S3 is read
         values: list[dict[str, Any]] = []
-        for key in keys:
+        for key in wanted:
             record = records.get(key)
             status, error = ("failed", DAMAGED) if record is None else (record.status, record.reason)
-            values.append({"wanted": key, "new_status": status, **_values(record, error)})
+            found = {"wanted": key, "new_status": status, "new_answered": record is not None}
+            values.append({**found, **_values(record, error)})
         if values:
             update = (
                 stage.update()
                 .where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
-                .values(status=sa.bindparam("new_status"))
+                .values(status=sa.bindparam("new_status"), answered=sa.bindparam("new_answered"))
                 .values({name: sa.bindparam(name) for name in ("error", "tags", "model", "tagged_at")})
             )
-            self._connection.execute(update, values)
-            self._connection.commit()
-        return len(keys) - len(records)
+            with self._connection.begin():
+                self._connection.execute(update, values)
+        damaged = [row_id for key, row_id in wanted.items() if key not in records]
+        return len(damaged), next(iter(damaged), None)
 
     def write(self) -> int:
         """Insert and update the rows that changed; return how many."""
         from sqlalchemy.dialects import postgresql, sqlite
 
         stage, target = self._stage, self._target
-        good = stage.c.status.in_(GOOD)
         insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[self._connection.dialect.name](target)
         rows = (
             sa.select(
@@ -206,8 +216,8 @@ class Loading:
                 stage.c.tags,
                 stage.c.status,
                 stage.c.error,
-                sa.case((good, stage.c.key)),
-                sa.case((good, sa.literal(self._spec))),
+                sa.case((stage.c.answered, stage.c.key)),
+                sa.case((stage.c.answered, sa.literal(self._spec))),
                 stage.c.model,
                 stage.c.tagged_at,
                 sa.literal(self._taken.taken_at, target.c.snapshot_at.type),
@@ -218,24 +228,24 @@ class Loading:
         )
         upsert = insert.from_select([column.name for column in target.columns], rows)
         new = upsert.excluded
-        is_good = new.status.in_(GOOD)
+        answered = new.cache_key.is_not(None)
         of_last_answer = ("tags", "cache_key", "spec_id", "model", "tagged_at")
         upsert = upsert.on_conflict_do_update(
             index_elements=[target.c.row_id],
             set_={
                 **{name: new[name] for name in ("status", "error", "snapshot_at", "run_id")},
-                **{name: sa.case((is_good, new[name]), else_=target.c[name]) for name in of_last_answer},
+                **{name: sa.case((answered, new[name]), else_=target.c[name]) for name in of_last_answer},
             },
             where=sa.and_(
                 target.c.snapshot_at <= new.snapshot_at,
                 sa.or_(
                     target.c.status != new.status,
                     target.c.error.is_distinct_from(new.error),
-                    sa.and_(is_good, target.c.cache_key.is_distinct_from(new.cache_key)),
+                    sa.and_(answered, target.c.cache_key.is_distinct_from(new.cache_key)),
                 ),
             ),
         )
-        return self._connection.execute(upsert).rowcount
+        return self._connection.execute(upsert.execution_options(preserve_rowcount=True)).rowcount
 
     def delete(self, max_fraction: float) -> tuple[int, str | None]:
         """Delete the rows whose text is blank, and with all rows taken those that are gone from the source.

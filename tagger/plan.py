@@ -59,14 +59,14 @@ def plan(run: Run, connections: Connections) -> Plan:
     plan_id, spec = uuid.uuid4().hex[:8], spec_id(dataset)
     rows = blank = 0
     keys: set[str] = set()
-    too_long: set[str] = set()
+    too_long: dict[str, str] = {}
     with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
         for batch in _rows(run, taken, dataset, spec):
             parquet.write({name: [getattr(row, name) for row in batch] for name in ("id", "key", "too_long")})
             blank += sum(row.key is None for row in batch)
             rows += sum(row.key is not None for row in batch)
             keys.update(row.key for row in batch if row.key is not None and not row.too_long)
-            too_long.update(row.key for row in batch if row.key is not None and row.too_long)
+            too_long.update((row.key, str(row.id)) for row in batch if row.key is not None and row.too_long)
     cache = Cache(run.storage, spec, dataset.llm.model)
     cached = cache.find(keys)
     new = keys - cached
@@ -79,9 +79,10 @@ def plan(run: Run, connections: Connections) -> Plan:
         spec_id=spec,
         rows=rows,
         blank=blank,
-        texts=len(keys | too_long),
+        texts=len(keys | too_long.keys()),
         cached=len(cached),
         too_long=len(too_long),
+        too_long_row=next(iter(too_long.values()), None),
         new=len(new),
         shards=shards,
         target_rows=target_rows,

@@ -50,14 +50,14 @@ def response_format(dataset: Dataset) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "tags", "strict": True, "schema": schema}}
 
 
-def read_answer(dataset: Dataset, content: str | None) -> list[str]:
+def read_answer(dataset: Dataset, content: object) -> list[str]:
     """Return the tags of an answer.
 
     Raises:
         BadAnswer: it is not the JSON that was asked for, or breaks a rule of the dataset.
     """
     try:
-        answer = json.loads(content or "")
+        answer = json.loads(content if isinstance(content, str) else "")
     except (ValueError, RecursionError):
         raise BadAnswer("no valid JSON") from None
     tags = answer.get("tags") if isinstance(answer, dict) else None

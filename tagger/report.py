@@ -1,6 +1,7 @@
 """The report step: the run in figures, and the verdict on it."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Literal
@@ -10,7 +11,7 @@ from pydantic import AwareDatetime
 from tagger.cache import Cache
 from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
-from tagger.ledger import Attempt, latest_outcomes, read_attempts
+from tagger.ledger import Attempt, Outcome, latest_outcomes, read_attempts
 from tagger.runs import File, Loaded, Plan, Run, utc_now
 from tagger.storage import Storage
 
@@ -80,12 +81,12 @@ def report(run: Run) -> Summary:
     attempts = read_attempts(run)
     outcomes = list(chain.from_iterable(attempt.outcomes for attempt in attempts))
     costs = [outcome.cost_usd for outcome in outcomes]
+    present = [attempt for attempt in attempts if attempt.plan_id == planned.plan_id]
+    errors = _errors(planned, loaded, present)
+    reasons = list(_problems(dataset, planned, loaded, present))
     damaged = loaded.damaged if loaded else 0
     cached = planned.cached - damaged
-    refused = planned.too_long + (loaded.refused if loaded else 0)
-    failed = damaged + (loaded.failed if loaded else 0)
-    reasons = list(_problems(dataset, planned, loaded, attempts))
-    present = [attempt for attempt in attempts if attempt.plan_id == planned.plan_id]
+    new = _new_texts(planned, loaded, present)
     seconds = {"snapshot": taken.seconds, "plan": planned.seconds, "tag": 0.0, "load": loaded.seconds if loaded else 0}
     if present:
         started = min(attempt.started_at for attempt in present)
@@ -109,11 +110,11 @@ def report(run: Run) -> Summary:
         blank=planned.blank,
         texts=planned.texts,
         cached=cached,
-        tagged=loaded.tagged if loaded else 0,
-        refused=refused,
-        failed=failed,
-        skipped=loaded.skipped if loaded else planned.new,
-        pending=loaded.pending if loaded else 0,
+        tagged=new["tagged"],
+        refused=new["refused"] + planned.too_long,
+        failed=new["failed"] + damaged,
+        skipped=new["skipped"],
+        pending=new["pending"],
         llm_requests=sum(outcome.requests for outcome in outcomes),
         input_tokens=sum(outcome.input_tokens for outcome in outcomes),
         cached_input_tokens=sum(outcome.cached_input_tokens for outcome in outcomes),
@@ -122,7 +123,7 @@ def report(run: Run) -> Summary:
         saved_usd=None if mean_cost is None else cached * mean_cost,
         seconds={step: round(value, 3) for step, value in seconds.items()},
         tags=loaded.tags if loaded else {},
-        errors=_errors(attempts),
+        errors=errors,
     )
     run.write("summary.json", summary)
     for line in describe(summary):
@@ -132,15 +133,25 @@ def report(run: Run) -> Summary:
     return summary
 
 
+def _new_texts(planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> dict[str, int]:
+    """Return the plan's new texts by status: as loaded, or where nothing was loaded, as the shards left them."""
+    statuses = ("tagged", "refused", "failed", "skipped", "pending")
+    if loaded is not None:
+        return {status: getattr(loaded, status) for status in statuses}
+    counts = Counter(outcome.status for outcome in latest_outcomes(attempts).values())
+    ended = {status: counts[status] for status in ("tagged", "refused", "failed")}
+    return {**ended, "skipped": planned.new - sum(ended.values()), "pending": 0}
+
+
 def _problems(dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> Iterator[str]:
     """Yield why the run is not acceptable."""
-    latest = {attempt.shard: attempt for attempt in attempts if attempt.plan_id == planned.plan_id}
+    latest = {attempt.shard: attempt for attempt in attempts}
     for shard in planned.shards:
         attempt = latest.get(shard.shard)
         if attempt is None:
             yield f"{shard.name}: did not start"
         elif attempt.state == "broken":
-            yield attempt.reason if planned.shards == [shard] and attempt.reason else f"{shard.name}: {attempt.reason}"
+            yield attempt.reason if shard.of == 1 and attempt.reason else f"{shard.name}: {attempt.reason}"
         elif attempt.state == "running":
             yield f"{shard.name}: was killed"
     if loaded is None:
@@ -150,17 +161,27 @@ def _problems(dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: 
         yield loaded.problem
     asked = loaded.tagged + loaded.refused + loaded.failed
     if loaded.failed > dataset.limits.max_failed_fraction * asked:
-        kinds = ", ".join(f"{kind} {e.count} (row {e.row_id})" for kind, e in _errors(attempts, only="failed").items())
+        failures = _by_kind(outcome for outcome in latest_outcomes(attempts).values() if outcome.status == "failed")
+        kinds = ", ".join(f"{kind} {e.count} (row {e.row_id})" for kind, e in failures.items())
         yield (
             f"{loaded.failed} of {asked} texts failed, more than `limits.max_failed_fraction` "
             f"{dataset.limits.max_failed_fraction:g} allows: {kinds}"
         )
 
 
-def _errors(attempts: Iterable[Attempt], only: str | None = None) -> dict[str, ErrorCount]:
+def _errors(planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> dict[str, ErrorCount]:
+    errors = _by_kind(latest_outcomes(attempts).values())
+    if planned.too_long_row is not None:
+        errors["too_long"] = ErrorCount(count=planned.too_long, row_id=planned.too_long_row)
+    if loaded is not None and loaded.damaged_row is not None:
+        errors["damaged_record"] = ErrorCount(count=loaded.damaged, row_id=loaded.damaged_row)
+    return errors
+
+
+def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, ErrorCount]:
     errors: dict[str, ErrorCount] = {}
-    for outcome in latest_outcomes(attempts).values():
-        if outcome.kind is not None and only in (None, outcome.status):
+    for outcome in outcomes:
+        if outcome.kind is not None:
             count = errors[outcome.kind].count if outcome.kind in errors else 0
             errors[outcome.kind] = ErrorCount(count=count + 1, row_id=outcome.row_id)
     return errors

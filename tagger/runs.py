@@ -78,6 +78,8 @@ class Plan(File):
     """Distinct texts."""
     cached: int
     too_long: int
+    too_long_row: str | None = None
+    """A row with a text that is too long, to name it by."""
     new: int
     shards: list[Shard]
     target_rows: int
@@ -103,6 +105,8 @@ class Loaded(File):
     pending: int
     damaged: int
     """Distinct cached texts whose record turned out to be damaged or gone; the next run tags them."""
+    damaged_row: str | None = None
+    """A row with such a text, to name it by."""
     tags: dict[str, int]
     """Rows of the target by tag."""
     seconds: float
@@ -234,7 +238,7 @@ def read_parquet(storage: Storage, path: str, batch_size: int = 5000) -> Iterato
         try:
             with pq.ParquetFile(file) as parquet:
                 yield from parquet.iter_batches(batch_size=batch_size)
-        except pa.ArrowInvalid:
+        except (pa.ArrowException, OSError):
             raise StorageError(f"{storage.url}/{path}: damaged: run its step again") from None
 
 

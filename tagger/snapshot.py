@@ -156,13 +156,14 @@ class SourceTable:
     def _read(self, query: sa.Select[Any]) -> Iterator[sa.Row[Any]]:
         last: Any = None
         try:
-            for row in self._connection.execution_options(yield_per=ROWS_A_FETCH).execute(query):
-                if row[0] is None:
-                    raise InputError(f"`source.id_column`: a row of {self._name} has NULL in `{self._id.name}`")
-                if row[0] == last:
-                    raise InputError(f"`source.id_column`: id {last!r} appears twice in {self._name}")
-                last = row[0]
-                yield row
+            with self._connection.execution_options(yield_per=ROWS_A_FETCH).execute(query) as result:
+                for row in result:
+                    if row[0] is None:
+                        raise InputError(f"`source.id_column`: a row of {self._name} has NULL in `{self._id.name}`")
+                    if row[0] == last:
+                        raise InputError(f"`source.id_column`: id {last!r} appears twice in {self._name}")
+                    last = row[0]
+                    yield row
         except sa.exc.DBAPIError:
             if self._bad_time is not None:
                 raise InputError(self._bad_time) from None

@@ -9,8 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, NoSuchTableError, SQLAlchemyError
 from sqlalchemy.types import TypeDecorator
 
-from tagger.connections import unreachable_database
-from tagger.exceptions import InputError, TaggerError
+from tagger.exceptions import InputError, TaggerError, Unreachable
 from tagger.runs import IdType
 
 
@@ -43,28 +42,50 @@ def connecting(engine: sa.Engine, conn_id: str) -> Iterator[sa.Connection]:
     """
     try:
         connection = engine.connect()
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("PRAGMA schema_version")  # connecting alone does not read the file
     except SQLAlchemyError as e:
-        raise unreachable_database(conn_id, e) from None
+        reason = first_line(getattr(e, "orig", None) or e)
+        raise Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}") from None
     with connection:
         try:
             yield connection
         except DBAPIError as e:
-            if e.connection_invalidated:
-                raise unreachable_database(conn_id, e) from None
-            raise TaggerError(f"connection `{conn_id}`: the database answered: {_reason(e)}") from None
+            lost, reason = e.connection_invalidated, _reason(e)
+            for error in (e, e.orig):  # they may quote a row, and stay the context of what is raised here
+                if error is not None:
+                    error.args = (reason,)
+        else:
+            return
+    if lost:
+        raise Unreachable(f"connection `{conn_id}`: the connection was lost: {reason}")
+    raise TaggerError(f"connection `{conn_id}`: the database answered: {reason}")
+
+
+SPEAKING_STATES = ("08", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58")
+"""Classes of PostgreSQL's error codes whose messages name tables, roles and the like, never a row's values."""
 
 
 def _reason(error: DBAPIError) -> str:
-    """Return a database's error without its detail lines, which may quote a row's values."""
-    diagnostic = getattr(error.orig, "diag", None)
-    message = getattr(diagnostic, "message_primary", None) or str(error.orig)
-    return str(message).strip().splitlines()[0] if str(message).strip() else type(error.orig).__name__
+    """Return a database's error in one line, its message only where that quotes no value of a row."""
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:
+        return first_line(error.orig)
+    message = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+    name = f"{type(error.orig).__name__} ({state})"
+    return f"{message} ({state})" if message and state.startswith(SPEAKING_STATES) else name
 
 
 def split_name(table: str) -> tuple[str | None, str]:
     """Return schema and name of a `schema.table` or `table`."""
     schema, _, name = table.rpartition(".")
     return schema or None, name
+
+
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def reflect(connection: sa.Connection, table: str) -> sa.Table | None:
@@ -74,6 +95,8 @@ def reflect(connection: sa.Connection, table: str) -> sa.Table | None:
         return sa.Table(name, sa.MetaData(), schema=schema, autoload_with=connection, resolve_fks=False)
     except NoSuchTableError:
         return None
+    except DBAPIError as e:
+        raise InputError(f"table {table} cannot be read: {_reason(e)}") from None
 
 
 def column(table: sa.Table, name: str, key: str) -> sa.Column[Any]:
@@ -138,16 +161,35 @@ def existing_target(connection: sa.Connection, table: str, ids: IdType) -> sa.Ta
     """Return the target table if it exists, in the form of `new_target`.
 
     Raises:
-        InputError: a table of that name exists, but it has not the target's columns.
+        InputError: a table of that name exists, but it has not the target's columns, or its `row_id` holds other ids
+            than the source's or is not its primary key.
     """
     found = reflect(connection, table)
     if found is None:
         return None
     wanted = new_target(table, ids)
-    missing = [name for name in wanted.columns.keys() if name not in found.columns]
+    missing = [f"`{name}`" for name in wanted.columns.keys() if name not in found.columns]
+    problem = None
     if missing:
-        raise InputError(
-            f"`target.table`: table {table} exists, but has no column {', '.join(f'`{m}`' for m in missing)}: "
-            "name another table, or drop it"
-        )
+        problem = f"has no column {', '.join(missing)}"
+    elif [column.name for column in found.primary_key] != ["row_id"]:
+        problem = "has another primary key than `row_id`"
+    elif id_type(found.c.row_id) != id_type_in(connection, ids):
+        problem = f"has a `row_id` of type {found.c.row_id.type}, but the source's ids are {ids}"
+    if problem is not None:
+        raise InputError(f"`target.table`: table {table} exists, but {problem}: name another table, or drop it")
     return wanted
+
+
+def id_type_in(connection: sa.Connection, ids: IdType) -> IdType:
+    """Return as what kind of id a database shows a column made for `ids`: SQLite has no uuid."""
+    return "text" if ids == "uuid" and connection.dialect.name == "sqlite" else ids
+
+
+@contextmanager
+def only_writer(connection: sa.Connection, table: str) -> Iterator[None]:
+    """Run a transaction that no other load into the same table runs beside; readers are not kept waiting."""
+    with connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tagger {table}"))))
+        yield

@@ -47,6 +47,7 @@ class ShardAsker:
         self._row_ids = row_ids
         self._budget = budget
         self._failures = 0
+        self._lock = threading.Lock()
         self.stopped_by: TaggerError | None = None
 
     def ask(self, key: str, text: str) -> Record:
@@ -81,10 +82,12 @@ class ShardAsker:
         row_id = self._row_ids[key]
         if isinstance(error, TextFailed):
             self._ledger.failed(key, row_id, error.kind, str(error))
-            self._failures += 1
-            if self._failures <= FAILURES_LOGGED:
+            with self._lock:
+                self._failures += 1
+                failures = self._failures
+            if failures <= FAILURES_LOGGED:
                 logger.warning("row %s failed: %s: %s", row_id, error.kind, error)
-            if self._failures == FAILURES_LOGGED:
+            if failures == FAILURES_LOGGED:
                 logger.warning("further failures are not logged; the shard file has them all")
         elif isinstance(error, LLMStopped):
             self._stop(error)

@@ -44,8 +44,8 @@ class Selection(BaseModel):
         if updated_at is None or self.start is None or self.end is None:
             return True
         if isinstance(updated_at, datetime):
-            low, high = (updated_at, updated_at) if updated_at.tzinfo else naive_range(updated_at, zone)
-            return high >= self.start and low < self.end
+            low, high = (self.start, self.end) if updated_at.tzinfo else self.naive_bounds(zone)
+            return low <= updated_at < high
         first, after = self.date_bounds(zone)
         return first <= updated_at < after
 
@@ -98,6 +98,8 @@ def select_rows(
         raise InputError("`target_date` cannot be set in a backfill: each of its runs has a date of its own")
     if day is not None and all_rows:
         raise InputError("a day and all rows exclude each other")
+    if day is not None and not date(1900, 1, 1) <= day < date(9999, 1, 1):
+        raise InputError(f"the day {day} is not between the years 1900 and 9998")
     if day is not None and dataset.source.updated_at is None:
         raise InputError(
             "`target_date` needs `source.updated_at` in the dataset file: without it every run takes all rows"

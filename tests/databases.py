@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import sqlalchemy as sa
 
 from demo.stand_in import Reply, StandIn, choose_tags, completion, read_question
@@ -50,11 +51,6 @@ class QuickProject(Project):
         return Run(Storage(self.dataset.storage, client), self.dataset.dataset, run_id)
 
 
-def quick(project: Project) -> Project:
-    """Return the same project with a shared S3 client."""
-    return QuickProject(project.store, project.llm, project.database_connection, project.engine, project.content)
-
-
 def postgresql_project(server: PostgreSQL, store: S3Store, llm: StandIn) -> Project:
     """Return a project with a PostgreSQL database of its own, with a table `notes(id, body, updated_at)`."""
     database = server.create_database(f"test_{uuid.uuid4().hex}")
@@ -62,16 +58,32 @@ def postgresql_project(server: PostgreSQL, store: S3Store, llm: StandIn) -> Proj
         store,
         llm,
         database_connection(database),
-        sa.create_engine(database.url, poolclass=sa.NullPool),
+        sa.create_engine(database.url),
         merged(MINIMAL, {"storage": f"s3://{store.bucket}"}),
     )
     project.execute("CREATE TABLE notes (id BIGINT PRIMARY KEY, body TEXT, updated_at TIMESTAMPTZ)")
-    return quick(project)
+    return project
 
 
-def make_project(kind: str, folder: Path, store: S3Store, llm: StandIn, server: Callable[[], PostgreSQL]) -> Project:
-    """Return a project over a database of this kind; `server` is asked only where it is needed."""
-    return quick(sqlite_project(folder, store, llm)) if kind == "sqlite" else postgresql_project(server(), store, llm)
+def make_project(kind: str, request: pytest.FixtureRequest) -> Project:
+    """Return a project over a database of this kind, for the test that asks; only the servers it needs are started."""
+    server, llm = request.getfixturevalue("moto_server"), request.getfixturevalue("llm")
+    store = replace(server, bucket=f"test-{uuid.uuid4().hex}")
+    shared_client(store.endpoint, store.access_key, store.secret_key).create_bucket(Bucket=store.bucket)
+    if kind == "sqlite":
+        project = sqlite_project(request.getfixturevalue("tmp_path"), store, llm)
+    else:
+        project = postgresql_project(request.getfixturevalue("postgresql"), store, llm)
+    request.addfinalizer(project.engine.dispose)
+    return QuickProject(store, llm, project.database_connection, project.engine, project.content)
+
+
+def put_rows(project: Project, texts: Mapping[Any, str | None], updated_at: str | None = None) -> None:
+    """Insert rows into the source, at once."""
+    notes = sa.table("notes", sa.column("id"), sa.column("body"), sa.column("updated_at"))
+    rows = [{"id": row_id, "body": text, "updated_at": updated_at} for row_id, text in texts.items()]
+    with project.engine.begin() as connection:
+        connection.execute(notes.insert(), rows)
 
 
 @dataclass
@@ -111,3 +123,21 @@ def teach(llm: StandIn, **replies: Reply) -> None:
 
     llm._script.clear()
     llm.script(*[answer] * (500 if replies else 0))
+
+
+@contextmanager
+def failing_on(project: Project, row_id: int, run_id: str) -> Iterator[None]:
+    """Let the database refuse one row of the target when a certain run writes it."""
+    if project.engine.dialect.name == "sqlite":
+        project.execute(
+            f"CREATE TRIGGER refuse BEFORE INSERT ON note_tags WHEN NEW.row_id = {row_id} "
+            rf"AND NEW.run_id = '{run_id}' BEGIN SELECT RAISE(ABORT, 'not this row'); END"
+        )
+        yield
+        project.execute("DROP TRIGGER refuse")
+    else:
+        project.execute(
+            f"ALTER TABLE note_tags ADD CONSTRAINT refuse CHECK (row_id <> {row_id} OR run_id <> '{run_id}')"
+        )
+        yield
+        project.execute("ALTER TABLE note_tags DROP CONSTRAINT refuse")

@@ -193,21 +193,14 @@ def test_steps_by_hand_equal_a_run(shell: Shell) -> None:
     assert tables[0] == tables[1]
 
 
-def test_tag_without_a_shard_takes_all_shards(shell: Shell) -> None:
+def test_steps_of_a_run_read_the_frozen_dataset_and_tag_takes_all_shards(shell: Shell) -> None:
     shell.write(shards={"texts_per_shard": 1})
-    for step in ("snapshot", "plan", "tag", "load", "report"):
-        assert shell.run(step, "notes", "--run-id", "id") == 0
-
-    assert [row.status for row in shell.project.target().values()] == ["tagged", "tagged"]
-
-
-def test_steps_of_a_run_read_the_frozen_dataset(shell: Shell) -> None:
     shell.run("snapshot", "notes", "--run-id", "id")
     shell.write(tags=[{"id": "other", "description": "apple zebra"}])
     for step in ("plan", "tag", "load"):
         assert shell.run(step, "notes", "--run-id", "id") == 0
 
-    assert shell.project.target()[1].tags == ["fruit"]
+    assert [row.tags for row in shell.project.target().values()] == [["fruit"], ["animal", "weather"]]
 
 
 def test_day_takes_the_rows_of_that_day(shell: Shell) -> None:

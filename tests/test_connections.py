@@ -23,9 +23,9 @@ from tagger.connections import (
     database,
     openai_client,
     s3_client,
-    unreachable_database,
 )
-from tagger.exceptions import InputError
+from tagger.exceptions import InputError, Unreachable
+from tagger.tables import connecting
 from tests.servers import PostgreSQL, S3Store
 
 SECRET = "s3cret-Pa55word"
@@ -314,9 +314,9 @@ def test_wrong_password_is_one_line_without_it(postgresql: PostgreSQL) -> None:
     server = postgresql.database
     ours = Connection("ours", "postgres", "127.0.0.1", server.port, server.user, SECRET, server.name)
 
-    with pytest.raises(sa.exc.OperationalError) as caught:
-        database("ours", known(ours)).connect()
-    message = str(unreachable_database("ours", caught.value))
+    with pytest.raises(Unreachable) as caught, connecting(database("ours", known(ours)), "ours"):
+        pass
+    message = str(caught.value)
     assert message.startswith("connection `ours`: the database does not answer: ")
     assert "password authentication failed" in message
     assert SECRET not in message
@@ -431,8 +431,9 @@ def presigned(connections: Connections) -> dict[str, str]:
     """Return what a client puts into a URL that it signs: where it goes, as whom, for which region."""
     url = urlsplit(s3_client("ours", connections).generate_presigned_url("get_object", {"Bucket": "b", "Key": "k"}))
     query = {name: values[0] for name, values in parse_qs(url.query).items()}
+    token = {"token": query["X-Amz-Security-Token"]} if "X-Amz-Security-Token" in query else {}
     key, _, region, *_ = query["X-Amz-Credential"].split("/")
-    return {"endpoint": f"{url.scheme}://{url.netloc}", "path": url.path, "key": key, "region": region}
+    return {"endpoint": f"{url.scheme}://{url.netloc}", "path": url.path, "key": key, "region": region} | token
 
 
 @pytest.fixture
@@ -504,6 +505,10 @@ def test_half_a_key_pair_counts_as_none_as_for_the_provider(signing: pytest.Monk
     signing.setenv("AWS_SECRET_ACCESS_KEY", "secret")
 
     assert presigned(known(Connection("ours", "aws", **half)))["key"] == "AKIAENVIRONMENT"
+
+
+def test_aws_connection_may_have_a_session_token(signing: pytest.MonkeyPatch) -> None:
+    assert presigned(aws(aws_session_token="token"))["token"] == "token"
 
 
 def test_aws_connection_may_name_a_profile(signing: pytest.MonkeyPatch) -> None:

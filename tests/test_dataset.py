@@ -649,7 +649,7 @@ def test_any_structure_is_a_dataset_or_a_mistake(content: Any) -> None:
 
 
 @given(changes, changes)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_any_change_of_a_file_is_a_dataset_or_a_mistake(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert is_dataset_or_mistake(merged(merged(yaml.safe_load(FULL), first), second))
 

@@ -6,16 +6,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from demo.stand_in import StandIn, completion, error
+from demo.stand_in import completion, error
 from tagger.cache import Cache
 from tagger.connections import Connection
 from tagger.exceptions import InputError, RunFailed, TaggerError
@@ -26,35 +25,38 @@ from tagger.runs import Loaded, Run
 from tagger.spec import spec_id, text_key
 from tagger.tables import new_target
 from tagger.tag import tag
-from tests.databases import DATABASES, database_connection, make_project, postgresql_project, teach, watch
+from tests.databases import DATABASES, database_connection, failing_on, make_project, put_rows, teach, watch
 from tests.project import Project
-from tests.servers import PostgreSQL, S3Store
+from tests.servers import PostgreSQL
 
 REFUSAL = completion(None, refusal="I will not.")
 REJECTED = error(400, "no", "odd_text")
 
 
 @pytest.fixture(params=DATABASES)
-def project(request: pytest.FixtureRequest, tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
-    project = make_project(request.param, tmp_path, s3_bucket, llm, lambda: request.getfixturevalue("postgresql"))
+def either(request: pytest.FixtureRequest) -> Project:
+    return lenient(make_project(request.param, request))
+
+
+@pytest.fixture
+def project(request: pytest.FixtureRequest) -> Project:
+    return lenient(make_project("sqlite", request))
+
+
+@pytest.fixture
+def postgres(request: pytest.FixtureRequest) -> Project:
+    return make_project("postgresql", request)
+
+
+def lenient(project: Project) -> Project:
+    """Lets runs succeed whose texts fail."""
     project.change(limits={"max_failed_fraction": 1})
     return project
 
 
-@pytest.fixture
-def postgres(postgresql: PostgreSQL, s3_bucket: S3Store, llm: StandIn) -> Project:
-    return postgresql_project(postgresql, s3_bucket, llm)
-
-
-@pytest.fixture
-def sqlite(tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
-    return make_project("sqlite", tmp_path, s3_bucket, llm, lambda: pytest.fail("no server is needed"))
-
-
 def put_all(project: Project, count: int) -> None:
     """Puts rows 1 to `count` there, all with one text."""
-    for row_id in range(1, count + 1):
-        project.put(row_id, "apple")
+    put_rows(project, dict.fromkeys(range(1, count + 1), "apple"))
 
 
 def tagged(project: Project, run_id: str, **selection: Any) -> Run:
@@ -101,10 +103,10 @@ def test_the_target_is_made_as_designed_on_postgresql(postgres: Project, source:
     assert sa.inspect(postgres.engine).get_pk_constraint("note_tags")["constrained_columns"] == ["row_id"]
 
 
-def test_the_target_is_made_as_designed_on_sqlite(sqlite: Project) -> None:
-    sqlite.run()
+def test_the_target_is_made_as_designed_on_sqlite(project: Project) -> None:
+    project.run()
 
-    assert {name: kind for name, (kind, _) in columns_of(sqlite).items()} == {
+    assert {name: kind for name, (kind, _) in columns_of(project).items()} == {
         "row_id": "BIGINT",
         "tags": "JSON",
         "status": "TEXT",
@@ -116,7 +118,7 @@ def test_the_target_is_made_as_designed_on_sqlite(sqlite: Project) -> None:
         "snapshot_at": "DATETIME",
         "run_id": "TEXT",
     }
-    assert sa.inspect(sqlite.engine).get_pk_constraint("note_tags")["constrained_columns"] == ["row_id"]
+    assert sa.inspect(project.engine).get_pk_constraint("note_tags")["constrained_columns"] == ["row_id"]
 
 
 def test_the_target_may_have_a_schema(postgres: Project) -> None:
@@ -129,15 +131,15 @@ def test_the_target_may_have_a_schema(postgres: Project) -> None:
     assert postgres.target()[1].tags == ["fruit"]
 
 
-def test_the_target_may_have_further_columns(project: Project) -> None:
-    project.put(1, "apple")
-    project.run()
-    project.execute("ALTER TABLE note_tags ADD COLUMN reviewed TEXT DEFAULT 'no'")
-    project.put(1, "zebra")
+def test_the_target_may_have_further_columns(either: Project) -> None:
+    either.put(1, "apple")
+    either.run()
+    either.execute("ALTER TABLE note_tags ADD COLUMN reviewed TEXT DEFAULT 'no'")
+    either.put(1, "zebra")
 
-    project.run()
+    either.run()
 
-    assert project.target()[1].tags == ["animal"]
+    assert either.target()[1].tags == ["animal"]
 
 
 @pytest.mark.parametrize(
@@ -149,13 +151,13 @@ def test_the_target_may_have_further_columns(project: Project) -> None:
     ],
     ids=["few-columns", "another-id"],
 )
-def test_a_table_that_is_no_target_is_refused(project: Project, columns: str) -> None:
-    project.put(1, "apple")
-    run = tagged(project, "one")
-    project.execute(f"CREATE TABLE note_tags ({columns})")
+def test_a_table_that_is_no_target_is_refused(either: Project, columns: str) -> None:
+    either.put(1, "apple")
+    run = tagged(either, "one")
+    either.execute(f"CREATE TABLE note_tags ({columns})")
 
     with pytest.raises(InputError, match=r"`target\.table`: table note_tags exists, but has no column"):
-        load_back(run, project.connections)
+        load_back(run, either.connections)
 
 
 def test_a_target_with_ids_of_another_type_is_refused(postgres: Project) -> None:
@@ -168,16 +170,16 @@ def test_a_target_with_ids_of_another_type_is_refused(postgres: Project) -> None
         load_back(run, postgres.connections)
 
 
-def test_a_target_whose_ids_are_not_unique_is_refused(project: Project) -> None:
-    project.put(1, "apple")
-    project.run()
-    project.execute("CREATE TABLE copied AS SELECT * FROM note_tags")
-    run = tagged(project, "one")
-    project.execute("DROP TABLE note_tags")
-    project.execute("ALTER TABLE copied RENAME TO note_tags")
+def test_a_target_whose_ids_are_not_unique_is_refused(either: Project) -> None:
+    either.put(1, "apple")
+    either.run()
+    either.execute("CREATE TABLE copied AS SELECT * FROM note_tags")
+    run = tagged(either, "one")
+    either.execute("DROP TABLE note_tags")
+    either.execute("ALTER TABLE copied RENAME TO note_tags")
 
     with pytest.raises(InputError, match=r"`target\.table`: .*`row_id`"):
-        load_back(run, project.connections)
+        load_back(run, either.connections)
 
 
 def test_without_a_plan_nothing_is_loaded(project: Project) -> None:
@@ -187,15 +189,20 @@ def test_without_a_plan_nothing_is_loaded(project: Project) -> None:
         load_back(run, project.connections)
 
 
-@pytest.mark.parametrize("row_id", ["it's", 'a "b"', "two\nlines", "記事 🍎", "a,b;c--", " ", "%(x)s :y"])
-def test_any_text_may_be_an_id(project: Project, row_id: str) -> None:
-    project.execute("DROP TABLE notes")
-    project.execute("CREATE TABLE notes (id TEXT PRIMARY KEY, body TEXT, updated_at TEXT)")
-    project.put(row_id, "apple")
+def test_any_text_may_be_an_id(either: Project) -> None:
+    row_ids = ["it's", 'a "b"', "two\nlines", "記事 🍎", "a,b;c--", " ", "%(x)s :y"]
+    either.execute("DROP TABLE notes")
+    either.execute("CREATE TABLE notes (id TEXT PRIMARY KEY, body TEXT, updated_at TEXT)")
+    for row_id in row_ids:
+        either.put(row_id, "apple")
 
-    project.run()
+    either.run()
+    either.put("it's", "zebra")
+    either.run()
 
-    assert project.target()[row_id].tags == ["fruit"]
+    assert {row_id: row.tags for row_id, row in either.target().items()} == {
+        row_id: ["animal" if row_id == "it's" else "fruit"] for row_id in row_ids
+    }
 
 
 def test_uuids_are_ids(postgres: Project) -> None:
@@ -211,19 +218,19 @@ def test_uuids_are_ids(postgres: Project) -> None:
     assert (again.cached, again.tags) == (1, {"fruit": 1})
 
 
-def test_the_target_may_be_in_another_database(sqlite: Project, postgresql: PostgreSQL) -> None:
+def test_the_target_may_be_in_another_database(project: Project, postgresql: PostgreSQL) -> None:
     database = postgresql.create_database(f"test_{uuid.uuid4().hex}")
-    sqlite.put(1, "apple")
-    run = tagged(sqlite, "one")
-    sqlite.change(target={"conn_id": "other"})
-    run.freeze(sqlite.dataset)
+    project.put(1, "apple")
+    run = tagged(project, "one")
+    project.change(target={"conn_id": "other"})
+    run.freeze(project.dataset)
 
     def connections(conn_id: str) -> Connection | None:
-        return database_connection(database, "other") if conn_id == "other" else sqlite.connections(conn_id)
+        return database_connection(database, "other") if conn_id == "other" else project.connections(conn_id)
 
     load_back(run, connections)
 
-    assert sqlite.target() == {}
+    assert project.target() == {}
     with sa.create_engine(database.url, poolclass=sa.NullPool).connect() as connection:
         assert connection.execute(sa.text("SELECT row_id, tags FROM note_tags")).all() == [(1, ["fruit"])]
 
@@ -231,18 +238,18 @@ def test_the_target_may_be_in_another_database(sqlite: Project, postgresql: Post
 # Outcomes
 
 
-def test_a_tagged_row(project: Project) -> None:
+def test_a_tagged_row(either: Project) -> None:
     before = datetime.now(UTC)
-    project.put(1, "a zebra in the rain")
+    either.put(1, "a zebra in the rain")
 
-    project.run("one")
+    either.run("one")
 
-    row = project.target()[1]
+    row = either.target()[1]
     assert (row.tags, row.status, row.error) == (["animal", "weather"], "tagged", None)
-    assert (row.cache_key, row.spec_id) == (key(project, "a zebra in the rain"), spec_id(project.dataset))
+    assert (row.cache_key, row.spec_id) == (key(either, "a zebra in the rain"), spec_id(either.dataset))
     assert (row.model, row.run_id) == ("offline-stand-in", "one")
     assert before <= row.tagged_at <= datetime.now(UTC)
-    assert row.snapshot_at == project.open("one").snapshot().taken_at
+    assert row.snapshot_at == either.open("one").snapshot().taken_at
 
 
 def test_a_row_that_no_tag_fits_is_tagged_with_none(project: Project) -> None:
@@ -289,16 +296,16 @@ def test_a_row_that_fails_at_first_has_no_tags(project: Project) -> None:
     assert row.run_id == "one"
 
 
-def test_a_row_whose_new_text_fails_keeps_the_tags_of_the_old_one(project: Project) -> None:
-    project.put(1, "apple")
-    project.run("one")
-    good = project.target()[1]
-    project.put(1, "a weird zebra")
-    teach(project.llm, weird=REJECTED)
+def test_a_row_whose_new_text_fails_keeps_the_tags_of_the_old_one(either: Project) -> None:
+    either.put(1, "apple")
+    either.run("one")
+    good = either.target()[1]
+    either.put(1, "a weird zebra")
+    teach(either.llm, weird=REJECTED)
 
-    project.run("two")
+    either.run("two")
 
-    row = project.target()[1]
+    row = either.target()[1]
     assert (row.status, row.error, row.run_id) == ("failed", "rejected: HTTP 400, odd_text", "two")
     assert row.snapshot_at > good.snapshot_at
     assert (row.tags, row.cache_key, row.spec_id, row.model, row.tagged_at) == (
@@ -397,24 +404,24 @@ def test_a_new_spec_reaches_the_rows(project: Project) -> None:
 # Tags
 
 
-def test_tags_are_counted_in_the_target(project: Project) -> None:
+def test_tags_are_counted_in_the_target(either: Project) -> None:
     for row_id, text in enumerate(["apple", "apple", "a zebra in the rain", "nothing", "rain"]):
-        project.put(row_id, text)
-    project.run()
-    project.execute("UPDATE note_tags SET run_id = 'of long ago'")
+        either.put(row_id, text)
+    either.run()
+    either.execute("UPDATE note_tags SET run_id = 'of long ago'")
 
-    assert project.run().tags == {"fruit": 2, "weather": 2, "animal": 1}
-    assert list(project.run().tags) == ["fruit", "weather", "animal"]
+    assert either.run().tags == {"fruit": 2, "weather": 2, "animal": 1}
+    assert list(either.run().tags) == ["fruit", "weather", "animal"]
 
 
-def test_japanese_tags_stand_readable_in_the_target(project: Project) -> None:
-    project.put(1, "林檎")
-    project.change(tags=[{"id": "果物", "description": "林檎"}, {"id": '動物 "いぬ"', "description": "柴犬"}])
-    project.put(2, "柴犬")
+def test_japanese_tags_stand_readable_in_the_target(either: Project) -> None:
+    either.put(1, "林檎")
+    either.change(tags=[{"id": "果物", "description": "林檎"}, {"id": '動物 "いぬ"', "description": "柴犬"}])
+    either.put(2, "柴犬")
 
-    assert project.run().tags == {"果物": 1, '動物 "いぬ"': 1}
+    assert either.run().tags == {"果物": 1, '動物 "いぬ"': 1}
 
-    with project.engine.connect() as connection:
+    with either.engine.connect() as connection:
         raw = connection.execute(sa.text("SELECT CAST(tags AS TEXT) FROM note_tags ORDER BY row_id")).scalars().all()
     assert raw == ['["果物"]', '["動物 \\"いぬ\\""]']
 
@@ -422,19 +429,19 @@ def test_japanese_tags_stand_readable_in_the_target(project: Project) -> None:
 # What is left alone
 
 
-def test_rows_that_did_not_change_are_not_written(project: Project) -> None:
-    project.put(1, "apple")
-    project.put(2, "zebra")
-    project.run("one")
-    before = project.target()
-    project.put(2, "rain")
+def test_rows_that_did_not_change_are_not_written(either: Project) -> None:
+    either.put(1, "apple")
+    either.put(2, "zebra")
+    either.run("one")
+    before = either.target()
+    either.put(2, "rain")
 
-    project.run("two")
+    either.run("two")
 
-    after = project.target()
+    after = either.target()
     assert after[1] == before[1]
     assert (after[2].run_id, after[2].snapshot_at > before[2].snapshot_at) == ("two", True)
-    written = project.open("two").read("load.json", Loaded)
+    written = either.open("two").read("load.json", Loaded)
     assert written is not None
     assert written.written == 1
 
@@ -450,47 +457,47 @@ def test_a_failed_row_that_fails_again_is_not_written(project: Project) -> None:
     assert project.target() == before
 
 
-def test_loading_twice_changes_nothing(project: Project) -> None:
-    put_all(project, 2)
-    project.put(3, None)
-    run = tagged(project, "one")
-    first = load_back(run, project.connections)
-    before = project.target()
+def test_loading_twice_changes_nothing(either: Project) -> None:
+    put_all(either, 2)
+    either.put(3, None)
+    run = tagged(either, "one")
+    first = load_back(run, either.connections)
+    before = either.target()
 
-    second = load_back(run, project.connections)
+    second = load_back(run, either.connections)
 
     assert (first.written, second.written, second.deleted) == (2, 0, 0)
     assert (first.tagged, first.tags) == (second.tagged, second.tags)
-    assert project.target() == before
+    assert either.target() == before
 
 
-def test_an_older_snapshot_changes_nothing_newer(project: Project) -> None:
-    project.put(1, "apple")
-    older = tagged(project, "older")
-    project.put(1, "zebra")
-    newer = tagged(project, "newer")
+def test_an_older_snapshot_changes_nothing_newer(either: Project) -> None:
+    either.put(1, "apple")
+    older = tagged(either, "older")
+    either.put(1, "zebra")
+    newer = tagged(either, "newer")
 
-    load_back(newer, project.connections)
-    load_back(older, project.connections)
+    load_back(newer, either.connections)
+    load_back(older, either.connections)
 
-    row = project.target()[1]
+    row = either.target()[1]
     assert (row.tags, row.run_id) == (["animal"], "newer")
 
 
-def test_an_older_snapshot_deletes_nothing_newer(project: Project) -> None:
-    put_all(project, 20)
-    project.put(1, None)
-    older = tagged(project, "older")
-    project.put(1, "zebra")
-    project.put(21, "rain")
-    newer = tagged(project, "newer")
+def test_an_older_snapshot_deletes_nothing_newer(either: Project) -> None:
+    put_all(either, 20)
+    either.put(1, None)
+    older = tagged(either, "older")
+    either.put(1, "zebra")
+    either.put(21, "rain")
+    newer = tagged(either, "newer")
 
-    load_back(newer, project.connections)
-    loaded = load_back(older, project.connections)
+    load_back(newer, either.connections)
+    loaded = load_back(older, either.connections)
 
     assert loaded.deleted == 0
-    assert len(project.target()) == 21
-    assert project.target()[1].tags == ["animal"]
+    assert len(either.target()) == 21
+    assert either.target()[1].tags == ["animal"]
 
 
 def test_a_run_that_is_loaded_again_changes_no_newer_row(project: Project) -> None:
@@ -524,14 +531,14 @@ def test_other_peoples_rows_stay_where_only_a_window_is_taken(project: Project) 
 # What is deleted
 
 
-def test_a_row_whose_text_becomes_blank_leaves(project: Project) -> None:
-    put_all(project, 2)
-    project.run()
-    project.put(1, " \n")
+def test_a_row_whose_text_becomes_blank_leaves(either: Project) -> None:
+    put_all(either, 2)
+    either.run()
+    either.put(1, " \n")
 
-    summary = project.run()
+    summary = either.run()
 
-    assert sorted(project.target()) == [2]
+    assert sorted(either.target()) == [2]
     assert (summary.rows, summary.blank) == (1, 1)
 
 
@@ -546,14 +553,14 @@ def test_a_row_whose_text_becomes_blank_leaves_in_a_window_too(project: Project)
     assert sorted(project.target()) == [2]
 
 
-def test_rows_gone_from_the_source_leave(project: Project) -> None:
-    put_all(project, 10)
-    project.run()
-    project.execute("DELETE FROM notes WHERE id = 4")
+def test_rows_gone_from_the_source_leave(either: Project) -> None:
+    put_all(either, 10)
+    either.run()
+    either.execute("DELETE FROM notes WHERE id = 4")
 
-    project.run()
+    either.run()
 
-    assert sorted(project.target()) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert sorted(either.target()) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
 def test_an_empty_source_deletes_nothing(project: Project) -> None:
@@ -567,20 +574,20 @@ def test_an_empty_source_deletes_nothing(project: Project) -> None:
     assert sorted(project.target()) == [1, 2, 3]
 
 
-def test_more_rows_than_allowed_are_not_deleted_and_the_run_fails(project: Project) -> None:
-    put_all(project, 10)
-    project.run()
-    project.execute("DELETE FROM notes WHERE id <= 2")
-    project.put(11, "zebra")
-    run = tagged(project, "two")
+def test_more_rows_than_allowed_are_not_deleted_and_the_run_fails(either: Project) -> None:
+    put_all(either, 10)
+    either.run()
+    either.execute("DELETE FROM notes WHERE id <= 2")
+    either.put(11, "zebra")
+    run = tagged(either, "two")
 
     with pytest.raises(RunFailed, match=r"2 of 11 rows of note_tags are gone.*`limits\.max_deleted_fraction` 0\.1"):
-        load_back(run, project.connections)
+        load_back(run, either.connections)
     with pytest.raises(RunFailed, match="2 of 11 rows"):
         report(run)
 
-    assert sorted(project.target()) == list(range(1, 12))
-    assert project.target()[11].tags == ["animal"]
+    assert sorted(either.target()) == list(range(1, 12))
+    assert either.target()[11].tags == ["animal"]
 
 
 def test_the_limit_of_deletions_can_be_raised(project: Project) -> None:
@@ -619,19 +626,19 @@ def test_new_answers_need_no_record(project: Project) -> None:
     assert [key for _, key in requests.made if key.startswith("cache/")] == []
 
 
-def test_a_cached_text_that_the_target_lacks_needs_its_record_once(project: Project) -> None:
-    put_all(project, 2)
-    project.run()
+def test_a_cached_text_that_the_target_lacks_needs_its_record_once(either: Project) -> None:
+    put_all(either, 2)
+    either.run()
     for row_id in (3, 4, 5):
-        project.put(row_id, "apple")
-    run = tagged(project, "two")
+        either.put(row_id, "apple")
+    run = tagged(either, "two")
     requests = watch(run.storage)
 
-    load_back(run, project.connections)
+    load_back(run, either.connections)
 
     assert len(requests.of("GetObject", "cache/")) == 1
-    assert project.target()[5].tags == ["fruit"]
-    assert project.target()[5].tagged_at == project.target()[1].tagged_at
+    assert either.target()[5].tags == ["fruit"]
+    assert either.target()[5].tagged_at == either.target()[1].tagged_at
 
 
 def test_a_target_that_is_lost_comes_back_from_the_cache(project: Project) -> None:
@@ -652,25 +659,25 @@ def damage(project: Project, text: str) -> None:
     project.open("any").storage.put(cache.path(key(project, text)), b"garbage " * 30)
 
 
-def test_a_damaged_record_fails_its_rows_until_the_next_run(project: Project, caplog: pytest.LogCaptureFixture) -> None:
-    project.put(1, "apple")
-    project.run()
-    project.put(2, "apple")
-    damage(project, "apple")
+def test_a_damaged_record_fails_its_rows_until_the_next_run(either: Project, caplog: pytest.LogCaptureFixture) -> None:
+    either.put(1, "apple")
+    either.run()
+    either.put(2, "apple")
+    damage(either, "apple")
 
-    second = project.run("two")
+    second = either.run("two")
 
-    row = project.target()[2]
+    row = either.target()[2]
     assert (row.status, row.tags) == ("failed", None)
     assert row.error == "the cache record was damaged; the next run tags the text again"
     assert (second.texts, second.cached, second.failed) == (1, 0, 1)
-    assert project.target()[1].tags == ["fruit"]
+    assert either.target()[1].tags == ["fruit"]
     assert "damaged cache record deleted" in caplog.text
 
-    third = project.run("three")
+    third = either.run("three")
 
     assert (third.tagged, third.llm_requests) == (1, 1)
-    assert (project.target()[2].status, project.target()[2].tags) == ("tagged", ["fruit"])
+    assert (either.target()[2].status, either.target()[2].tags) == ("tagged", ["fruit"])
 
 
 def test_what_a_killed_attempt_answered_is_taken_from_the_cache(project: Project) -> None:
@@ -688,53 +695,37 @@ def test_what_a_killed_attempt_answered_is_taken_from_the_cache(project: Project
 # Failures and rivals
 
 
-def test_a_load_that_fails_writes_nothing(project: Project) -> None:
-    project.put(1, "apple")
-    project.run()
-    project.put(1, "zebra")
-    project.put(2, "rain")
-    run = tagged(project, "two")
-    before = project.target()
-    with failing_on(project, row_id=2), pytest.raises(TaggerError) as caught:
-        load_back(run, project.connections)
+def test_a_load_that_fails_writes_nothing(either: Project) -> None:
+    either.put(1, "apple")
+    either.run()
+    either.put(1, "zebra")
+    either.put(2, "rain")
+    run = tagged(either, "two")
+    before = either.target()
+    with failing_on(either, row_id=2, run_id="two"), pytest.raises(TaggerError) as caught:
+        load_back(run, either.connections)
 
     assert len(str(caught.value).splitlines()) == 1
-    assert project.target() == before
+    assert either.target() == before
     assert run.read("load.json", Loaded) is None
 
-    load_back(run, project.connections)
-    assert {row_id: row.tags for row_id, row in project.target().items()} == {1: ["animal"], 2: ["weather"]}
+    load_back(run, either.connections)
+    assert {row_id: row.tags for row_id, row in either.target().items()} == {1: ["animal"], 2: ["weather"]}
 
 
-@contextmanager
-def failing_on(project: Project, row_id: int) -> Iterator[None]:
-    """Lets the database refuse one row of the target."""
-    if project.engine.dialect.name == "sqlite":
-        project.execute(
-            f"CREATE TRIGGER refuse BEFORE INSERT ON note_tags WHEN NEW.row_id = {row_id} "
-            r"BEGIN SELECT RAISE(ABORT, 'not this row'); END"
-        )
-        yield
-        project.execute("DROP TRIGGER refuse")
-    else:
-        project.execute(f"ALTER TABLE note_tags ADD CONSTRAINT refuse CHECK (row_id <> {row_id})")
-        yield
-        project.execute("ALTER TABLE note_tags DROP CONSTRAINT refuse")
-
-
-def test_two_loads_at_once_both_end_well(project: Project) -> None:
-    put_all(project, 1)
-    project.run()
+def test_two_loads_at_once_both_end_well(either: Project) -> None:
+    put_all(either, 1)
+    either.run()
     runs = []
-    for run_id in ("one", "two"):
-        for row_id in range(1, 30):
-            project.put(row_id, "apple" if run_id == "one" else "zebra")
-        runs.append(tagged(project, run_id))
+    for run_id, text in (("one", "rain"), ("two", "zebra")):
+        either.execute("DELETE FROM notes")
+        put_rows(either, dict.fromkeys(range(1, 30), text))
+        runs.append(tagged(either, run_id))
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda run: load_back(run, project.connections), runs))
+        list(threads.map(lambda run: load_back(run, either.connections), runs))
 
-    assert {tuple(row.tags) for row in project.target().values()} == {("animal",)}
+    assert {tuple(row.tags) for row in either.target().values()} == {("animal",)}
 
 
 def wait_until_blocked(project: Project) -> None:
@@ -749,34 +740,38 @@ def wait_until_blocked(project: Project) -> None:
             time.sleep(0.02)
 
 
-def test_two_loads_that_both_make_the_target_both_end_well(postgres: Project) -> None:
-    postgres.put(1, "apple")
-    run = tagged(postgres, "one")
-
-    with ThreadPoolExecutor(1) as threads:
-        with postgres.engine.begin() as rival:
-            new_target("note_tags", "integer").create(rival)
-            loading = threads.submit(load_back, run, postgres.connections)
-            wait_until_blocked(postgres)
-        loading.result()
-
-    assert postgres.target()[1].tags == ["fruit"]
-
-
 @contextmanager
-def before_statement(start: str, thread: str, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` before a thread's first statement that starts so."""
+def at_statement(moment: str, start: str, thread: str, act: Callable[[], None]) -> Iterator[None]:
+    """Calls `act` before or after a thread's first statement that starts so, with its transaction open."""
     pending = [act]
 
     def watch_statement(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if pending and threading.current_thread().name == thread and statement.startswith(start):
+        if pending and threading.current_thread().name == thread and statement.strip().startswith(start):
             pending.pop()()
 
-    sa.event.listen(sa.Engine, "before_cursor_execute", watch_statement)
+    sa.event.listen(sa.Engine, f"{moment}_cursor_execute", watch_statement)
     try:
         yield
     finally:
-        sa.event.remove(sa.Engine, "before_cursor_execute", watch_statement)
+        sa.event.remove(sa.Engine, f"{moment}_cursor_execute", watch_statement)
+
+
+def test_two_loads_that_both_make_the_target_both_end_well(postgres: Project) -> None:
+    postgres.put(1, "apple")
+    runs = [tagged(postgres, run_id) for run_id in ("one", "two")]
+    rival: list[Future[Loaded]] = []
+
+    with ThreadPoolExecutor(1, "first") as threads, ThreadPoolExecutor(1, "second") as rivals:
+
+        def let_the_rival_in() -> None:
+            rival.append(rivals.submit(load_back, runs[1], postgres.connections))
+            wait_until_blocked(postgres)
+
+        with at_statement("after", "CREATE TABLE note_tags", "first_0", let_the_rival_in):
+            threads.submit(load_back, runs[0], postgres.connections).result()
+            rival[0].result()
+
+    assert postgres.target()[1].tags == ["fruit"]
 
 
 def test_two_loads_that_write_and_delete_each_others_rows_both_end_well(postgres: Project) -> None:
@@ -788,6 +783,7 @@ def test_two_loads_that_write_and_delete_each_others_rows_both_end_well(postgres
     postgres.put(1, "rain")
     postgres.put(5, "rain")
     newer = tagged(postgres, "newer")
+    rival: list[Future[Loaded]] = []
 
     with ThreadPoolExecutor(1, "older") as threads, ThreadPoolExecutor(1, "newer") as rivals:
 
@@ -795,8 +791,7 @@ def test_two_loads_that_write_and_delete_each_others_rows_both_end_well(postgres
             rival.append(rivals.submit(load_back, newer, postgres.connections))
             wait_until_blocked(postgres)
 
-        rival: list[Any] = []
-        with before_statement("DELETE FROM note_tags", "older_0", let_the_rival_in):
+        with at_statement("before", "DELETE FROM note_tags", "older_0", let_the_rival_in):
             threads.submit(load_back, older, postgres.connections).result()
             rival[0].result()
 

@@ -5,35 +5,31 @@ from __future__ import annotations
 from collections import Counter
 from datetime import UTC, datetime
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from demo.stand_in import StandIn
 from tagger.cache import Cache, Record, Usage
 from tagger.exceptions import InputError, StorageError
 from tagger.plan import describe, plan
 from tagger.runs import Plan, Run, new_keys_path, read_parquet, rows_path, shard_path
 from tagger.spec import normalise, spec_id, text_key
-from tests.databases import DATABASES, make_project, watch
+from tests.databases import DATABASES, make_project, put_rows, watch
 from tests.project import Project
-from tests.servers import S3Store
 
 
 @pytest.fixture(params=DATABASES)
-def either(request: pytest.FixtureRequest, tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
-    return make_project(request.param, tmp_path, s3_bucket, llm, lambda: request.getfixturevalue("postgresql"))
+def either(request: pytest.FixtureRequest) -> Project:
+    return make_project(request.param, request)
 
 
 @pytest.fixture
-def project(tmp_path: Path, s3_bucket: S3Store, llm: StandIn) -> Project:
-    return make_project("sqlite", tmp_path, s3_bucket, llm, lambda: pytest.fail("no server is needed"))
+def project(request: pytest.FixtureRequest) -> Project:
+    return make_project("sqlite", request)
 
 
 def put_all(project: Project, *texts: str | None) -> None:
-    for row_id, text in enumerate(texts):
-        project.put(row_id, text)
+    put_rows(project, dict(enumerate(texts)))
 
 
 def make_plan(project: Project) -> tuple[Run, Plan]:

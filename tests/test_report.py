@@ -1,0 +1,547 @@
+"""The report: the run in figures, and whether it is acceptable."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from demo.stand_in import error
+from tagger.cache import Cache, Record, Usage
+from tagger.exceptions import InputError, LLMStopped, RunFailed, TaggerError
+from tagger.ledger import Ledger
+from tagger.plan import plan
+from tagger.report import ErrorCount, Summary, describe, report, summaries
+from tagger.runs import Loaded, Plan, Run, Shard, Snapshot
+from tagger.tag import tag
+from tagger.window import Selection
+from tests.databases import make_project, teach
+from tests.project import Project
+
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
+SPEC = "0123456789ab"
+REJECTED = error(400, "no", "odd_text")
+
+
+@pytest.fixture
+def project(request: pytest.FixtureRequest) -> Project:
+    return make_project("sqlite", request)
+
+
+def prepare(
+    project: Project,
+    run_id: str = "one",
+    *,
+    selection: Selection | None = None,
+    cached: int = 0,
+    too_long: int = 0,
+    new: int = 0,
+    shards: int | None = None,
+    plan_id: str = "plan",
+) -> Run:
+    """Returns a run as it is after its plan."""
+    run = project.open(run_id)
+    run.freeze(project.dataset)
+    run.write(
+        "snapshot.json",
+        Snapshot(
+            rows_file="rows",
+            rows=cached + too_long + new + 2,
+            id_type="integer",
+            selection=selection or Selection(rows="all", unfinished=True),
+            taken_at=NOON,
+            started_at=NOON,
+            seconds=1.5,
+        ),
+    )
+    count = (1 if new else 0) if shards is None else shards
+    run.write(
+        "plan.json",
+        Plan(
+            plan_id=plan_id,
+            spec_id=SPEC,
+            rows=cached + too_long + new,
+            blank=2,
+            texts=cached + too_long + new,
+            cached=cached,
+            too_long=too_long,
+            new=new,
+            shards=[Shard(shard=i + 1, of=count, texts=new // count) for i in range(count)],
+            target_rows=0,
+            older_spec_rows=0,
+            planned_at=NOON,
+            seconds=2.5,
+        ),
+    )
+    return run
+
+
+def load(run: Run, **counts: Any) -> None:
+    defaults = dict.fromkeys(
+        ("written", "deleted", "tagged", "refused", "failed", "skipped", "pending", "damaged", "seconds"), 0
+    )
+    run.write("load.json", Loaded(**{"tags": {}} | defaults | counts))
+
+
+def record(status: str = "tagged", reason: str | None = None, cost_usd: float | None = 0.5) -> Record:
+    return Record(
+        status=status,  # type: ignore[arg-type]
+        reason=reason,
+        tags=[],
+        model="offline-stand-in",
+        usage=Usage(input=10),
+        cost_usd=cost_usd,
+        finish_reason="stop",
+        created_at=NOON,
+    )
+
+
+def attempt(
+    run: Run, *outcomes: tuple[str, str | None], shard: int = 1, plan_id: str = "plan", breaks: str | None = None
+) -> None:
+    """Lets an attempt at a shard answer texts 0, 1, …: each by status and kind, for 1,000 tokens in and 100 out."""
+    try:
+        with Ledger(run, plan_id, shard, run.dataset().llm.price) as ledger:
+            for number, (status, kind) in enumerate(outcomes):
+                key, row_id = f"key-{number}", f"row-{number}"
+                ledger.spend(key, row_id, Usage(input=1000, cached_input=400, output=100))
+                if status == "failed":
+                    ledger.failed(key, row_id, kind or "", "it went wrong")
+                elif status != "asked":
+                    ledger.record(key, row_id, record(status, kind))
+            if breaks is not None:
+                raise TaggerError(breaks)
+    except TaggerError:
+        assert breaks is not None
+
+
+TAGGED = ("tagged", None)
+FAILED = ("failed", "timeout")
+REFUSED = ("refused", "refusal")
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("planned", "loaded", "expected"),
+    [
+        ({}, {}, {}),
+        ({"cached": 5}, {}, {"cached": 5}),
+        ({"too_long": 3}, {}, {"refused": 3}),
+        ({"new": 4}, {"tagged": 4}, {"tagged": 4}),
+        (
+            {"cached": 7, "too_long": 1, "new": 10},
+            {"tagged": 4, "refused": 3, "failed": 1, "skipped": 2},
+            {"cached": 7, "tagged": 4, "refused": 4, "failed": 1, "skipped": 2},
+        ),
+        ({"new": 4}, {"pending": 4}, {"pending": 4}),
+        ({"cached": 7, "new": 1}, {"tagged": 1, "damaged": 2}, {"cached": 5, "tagged": 1, "failed": 2}),
+    ],
+)
+def test_the_texts_add_up(
+    project: Project, planned: dict[str, int], loaded: dict[str, int], expected: dict[str, int]
+) -> None:
+    project.change(limits={"max_failed_fraction": 1})
+    run = prepare(project, **planned)  # type: ignore[arg-type]
+    if run.plan().new:
+        attempt(run, TAGGED)
+    load(run, **loaded)
+
+    summary = report(run)
+
+    names = ("cached", "tagged", "refused", "failed", "skipped", "pending")
+    assert {name: getattr(summary, name) for name in names} == dict.fromkeys(names, 0) | expected
+    assert summary.texts == sum(getattr(summary, name) for name in names)
+    assert (summary.rows, summary.blank) == (summary.texts, 2)
+
+
+def test_money_and_tokens_are_summed_over_all_attempts(project: Project) -> None:
+    run = prepare(project, new=2)
+    attempt(run, TAGGED, FAILED, breaks="the worker fell ill")
+    attempt(run, ("asked", None), TAGGED)
+    load(run, tagged=2)
+
+    summary = report(run)
+
+    assert (summary.tagged, summary.failed) == (2, 0)
+    assert summary.llm_requests == 4
+    assert (summary.input_tokens, summary.cached_input_tokens, summary.output_tokens) == (4000, 1600, 400)
+    # 1 USD a million tokens in (cached ones too, where no price is given), 10 USD a million out
+    assert summary.cost_usd == pytest.approx(4 * (1000 * 1 + 100 * 10) / 1_000_000)
+
+
+def test_cached_tokens_have_their_own_price(project: Project) -> None:
+    project.change(llm={"price": {"cached_input": 0.1}})
+    run = prepare(project, new=1)
+    attempt(run, TAGGED)
+    load(run, tagged=1)
+
+    assert report(run).cost_usd == pytest.approx((600 * 1 + 400 * 0.1 + 100 * 10) / 1_000_000)
+
+
+def test_without_a_price_the_cost_is_unknown(project: Project) -> None:
+    project.change(llm={"price": None})
+    run = prepare(project, new=1)
+    attempt(run, TAGGED)
+    load(run, tagged=1)
+
+    summary = report(run)
+
+    assert summary.cost_usd is None
+    assert "an unknown amount spent" in "\n".join(describe(summary))
+
+
+def test_what_an_earlier_plan_of_the_run_spent_is_counted(project: Project) -> None:
+    run = prepare(project, new=1)
+    attempt(run, TAGGED, plan_id="before")
+    attempt(run, TAGGED)
+    load(run, tagged=1)
+
+    assert report(run).llm_requests == 2
+
+
+def test_the_saving_is_the_cached_texts_times_their_mean_cost(project: Project) -> None:
+    run = prepare(project, cached=10)
+    cache = Cache(run.storage, SPEC, "offline-stand-in")
+    cache.write("a" * 32, record(cost_usd=0.25))
+    cache.write("b" * 32, record(cost_usd=0.75))
+    load(run)
+
+    assert report(run).saved_usd == pytest.approx(5.0)
+
+
+def test_without_cached_texts_nothing_is_saved(project: Project) -> None:
+    run = prepare(project)
+    load(run)
+
+    summary = report(run)
+
+    assert (summary.saved_usd, summary.cost_usd) == (0, 0)
+
+
+def test_the_saving_is_unknown_where_no_cost_is(project: Project) -> None:
+    run = prepare(project, cached=1)
+    Cache(run.storage, SPEC, "offline-stand-in").write("a" * 32, record(cost_usd=None))
+    load(run)
+
+    assert report(run).saved_usd is None
+
+
+def test_errors_are_counted_by_kind_with_a_row(project: Project) -> None:
+    project.change(limits={"max_failed_fraction": 1})
+    run = prepare(project, new=5)
+    attempt(run, TAGGED, FAILED, FAILED, REFUSED, ("failed", "bad_answer"))
+    load(run, tagged=1, failed=3, refused=1)
+
+    errors = report(run).errors
+
+    assert {kind: e.count for kind, e in errors.items()} == {"timeout": 2, "refusal": 1, "bad_answer": 1}
+    assert errors["timeout"].row_id in ("row-1", "row-2")
+    assert errors["bad_answer"] == ErrorCount(count=1, row_id="row-4")
+
+
+def test_a_text_that_was_answered_in_the_end_is_no_error(project: Project) -> None:
+    run = prepare(project, new=1)
+    attempt(run, FAILED, breaks="the worker fell ill")
+    attempt(run, TAGGED)
+    load(run, tagged=1)
+
+    assert report(run).errors == {}
+
+
+def test_errors_are_of_the_texts_of_this_plan(project: Project) -> None:
+    project.put(1, "a weird apple")
+    teach(project.llm, weird=REJECTED)
+    with pytest.raises(RunFailed):
+        project.run("one")
+    project.put(1, "zebra")
+
+    again = project.run("one")
+
+    assert (again.tagged, again.failed, again.errors) == (1, 0, {})
+    assert again.llm_requests == 2
+
+
+def test_too_long_texts_are_among_the_errors(project: Project) -> None:
+    project.put(7, "apple " * 10)
+    project.change(source={"max_chars": 50})
+
+    assert project.run().errors == {"too_long": ErrorCount(count=1, row_id="7")}
+
+
+def test_damaged_records_are_among_the_errors(project: Project) -> None:
+    project.put(1, "apple")
+    project.run()
+    [record_path] = [path for path, _ in project.open("any").storage.list("cache/")]
+    project.open("any").storage.put(record_path, b"garbage " * 30)
+    project.put(2, "apple")
+
+    summary = project.run()
+
+    assert summary.failed == 1
+    assert [(e.count, e.row_id) for e in summary.errors.values()] == [(1, "2")]
+
+
+def test_seconds_are_told_by_step(project: Project) -> None:
+    run = prepare(project, new=1)
+    attempt(run, TAGGED)
+    load(run, tagged=1, seconds=0.5)
+
+    seconds = report(run).seconds
+
+    assert list(seconds) == ["snapshot", "plan", "tag", "load", "report"]
+    assert (seconds["snapshot"], seconds["plan"], seconds["load"]) == (1.5, 2.5, 0.5)
+    assert 0 <= seconds["tag"] < 10
+
+
+@pytest.mark.parametrize(
+    ("zone", "selection", "day"),
+    [
+        ("UTC", Selection(rows="all", unfinished=True), "2026-07-01"),
+        ("Pacific/Auckland", Selection(rows="all", unfinished=True), "2026-07-02"),
+        (
+            "Asia/Tokyo",
+            Selection(
+                rows="window",
+                start=NOON - timedelta(days=2),
+                end=datetime(2026, 6, 30, 16, tzinfo=UTC),
+                unfinished=True,
+            ),
+            "2026-07-01",
+        ),
+        (
+            "Asia/Tokyo",
+            Selection(
+                rows="day",
+                start=datetime(2026, 6, 30, 15, tzinfo=UTC),
+                end=datetime(2026, 7, 1, 15, tzinfo=UTC),
+                unfinished=False,
+            ),
+            "2026-07-01",
+        ),
+    ],
+)
+def test_the_day_is_of_the_datasets_zone(project: Project, zone: str, selection: Selection, day: str) -> None:
+    project.change(timezone=zone)
+    run = prepare(project, selection=selection)
+    load(run)
+
+    summary = report(run)
+
+    assert summary.day == day
+    assert (summary.window.start, summary.window.end) == (selection.start, selection.end)
+
+
+def test_the_summary_has_all_that_the_design_names_and_is_written(project: Project) -> None:
+    project.put(1, "apple")
+
+    summary = project.run("one")
+
+    assert list(summary.model_dump()) == [
+        *("dataset", "run_id", "day", "window", "spec_id", "model", "mode", "state", "reason", "started_at"),
+        *("finished_at", "rows", "blank", "texts", "cached", "tagged", "refused", "failed", "skipped", "pending"),
+        *("llm_requests", "input_tokens", "cached_input_tokens", "output_tokens", "cost_usd", "saved_usd"),
+        *("seconds", "tags", "errors"),
+    ]
+    assert project.summary(project.open("one")) == summary
+    assert (summary.dataset, summary.run_id, summary.mode, summary.state) == ("notes", "one", "online", "success")
+    assert summary.started_at < summary.finished_at
+
+
+# The verdict
+
+
+def verdict(run: Run) -> str:
+    """Returns why a run is not acceptable, as the error and the written summary tell."""
+    with pytest.raises(RunFailed) as caught:
+        report(run)
+    summary = run.read("summary.json", Summary)
+    assert summary is not None
+    assert summary.state == "failed"
+    assert str(caught.value) == f"notes: {summary.reason}"
+    return summary.reason or ""
+
+
+def test_a_broken_shard_fails_the_run(project: Project) -> None:
+    run = prepare(project, new=2)
+    attempt(run, TAGGED, ("asked", None), breaks="the endpoint refuses the API key")
+    load(run, tagged=1, skipped=1)
+
+    assert "the endpoint refuses the API key" in verdict(run)
+
+
+def test_a_shard_that_did_not_start_fails_the_run(project: Project) -> None:
+    run = prepare(project, new=4, shards=2)
+    attempt(run, TAGGED, TAGGED)
+    load(run, tagged=2, skipped=2)
+
+    assert verdict(run) == "shard 2/2 · 2 texts: did not start"
+
+
+def test_an_attempt_of_an_earlier_plan_does_not_count_as_a_start(project: Project) -> None:
+    run = prepare(project, new=1)
+    attempt(run, TAGGED, plan_id="before")
+    load(run, tagged=1)
+
+    assert "did not start" in verdict(run)
+
+
+def test_a_killed_shard_fails_the_run(project: Project) -> None:
+    run = prepare(project, new=1)
+    with Ledger(run, "plan", 1, None):
+        [books] = [path for path, _ in run.storage.list(run.files) if "shard-1-1" in path]
+        as_killed = run.storage.get(books) or b""
+    run.storage.put(books, as_killed)
+    load(run, skipped=1)
+
+    assert verdict(run) == "shard 1/1 · 1 texts: was killed"
+
+
+def test_a_shard_that_succeeds_in_the_end_does_not_fail_the_run(project: Project) -> None:
+    run = prepare(project, new=1)
+    attempt(run, FAILED, breaks="the worker fell ill")
+    attempt(run, TAGGED)
+    load(run, tagged=1)
+
+    assert report(run).state == "success"
+
+
+def test_all_that_is_wrong_is_told(project: Project) -> None:
+    run = prepare(project, new=4, shards=2)
+    attempt(run, FAILED, FAILED, breaks="out of quota")
+    load(run, failed=2, skipped=2, problem="5 of 9 rows are gone")
+
+    told = verdict(run)
+
+    for words in (
+        "shard 1/2 · 2 texts: out of quota",
+        "shard 2/2",
+        "did not start",
+        "5 of 9 rows",
+        "2 of 2 texts failed",
+    ):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("limit", "tagged", "refused", "failed", "state"),
+    [
+        (0.01, 99, 0, 1, "success"),
+        (0.01, 50, 49, 1, "success"),
+        (0.01, 98, 0, 1, "failed"),
+        (0.01, 0, 0, 0, "success"),
+        (0, 100, 0, 0, "success"),
+        (0, 100, 0, 1, "failed"),
+        (1, 0, 0, 5, "success"),
+    ],
+)
+def test_the_run_fails_when_more_than_the_allowed_part_of_the_attempted_texts_failed(
+    project: Project, limit: float, tagged: int, refused: int, failed: int, state: str
+) -> None:
+    project.change(limits={"max_failed_fraction": limit})
+    run = prepare(project, cached=1000, too_long=1000, new=tagged + refused + failed + 50)
+    attempt(run, *[FAILED] * failed)
+    load(run, tagged=tagged, refused=refused, failed=failed, skipped=50)
+
+    if state == "success":
+        assert report(run).state == "success"
+    else:
+        told = verdict(run)
+        assert f"{failed} of {tagged + refused + failed} texts failed" in told
+        assert f"timeout {failed} (row row-0)" in told
+
+
+def test_without_load_back_the_run_fails(project: Project) -> None:
+    run = prepare(project, cached=3, new=1)
+    attempt(run, TAGGED)
+
+    assert "load_back did not finish" in verdict(run)
+
+
+def test_texts_that_were_tagged_count_as_tagged_though_load_back_failed(project: Project) -> None:
+    project.put(1, "apple")
+    project.put(2, "zebra")
+    run = project.take()
+    plan(run, project.connections)
+    tag(run, 1, project.connections)
+
+    assert "load_back did not finish" in verdict(run)
+
+    summary = project.summary(run)
+    assert (summary.texts, summary.tagged, summary.skipped) == (2, 2, 0)
+
+
+def test_a_run_without_a_plan_has_no_report(project: Project) -> None:
+    with pytest.raises(InputError, match=r"no plan\.json"):
+        report(project.take())
+
+
+def test_a_refused_key_is_told_in_the_verdict(project: Project) -> None:
+    project.put(1, "apple")
+    run = project.take()
+    plan(run, project.connections)
+    project.llm.script(error(401, "no", "invalid_api_key"))
+    with pytest.raises(LLMStopped):
+        tag(run, 1, project.connections)
+    load(run, skipped=1)
+
+    assert "refuses the API key (HTTP 401" in verdict(run)
+
+
+# Reading it
+
+
+def test_a_summary_reads_well(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tagger")
+    run = prepare(project, cached=1234, new=3)
+    attempt(run, TAGGED, FAILED, REFUSED)
+    load(run, tagged=1, failed=1, refused=1, tags={"fruit": 200, "weather": 7})
+
+    told = verdict(run)
+
+    lines = describe(project.summary(run))
+    assert lines[0] == f"notes 2026-07-01 · one · failed: {told}"
+    assert lines[1:5] == [
+        "  rows     1,237 with a text, 2 blank",
+        "  texts    1,237 distinct: 1,234 cached, 1 tagged, 1 refused, 1 failed, 0 skipped, 0 pending",
+        "  LLM      3 requests, 3,000 tokens in (1,200 cached), 300 out, offline-stand-in",
+        "  cost     $0.0060 spent, an unknown amount saved by the cache",
+    ]
+    assert lines[5].startswith("  seconds  snapshot 1.5, plan 2.5, tag ")
+    assert lines[6:] == [
+        "  tags     fruit 200, weather 7",
+        "  errors   timeout 1 (such as row row-1), refusal 1 (such as row row-2)",
+    ]
+    assert [line for line in lines if line not in caplog.text] == []
+
+
+def test_summaries_come_oldest_first_and_of_one_dataset(project: Project) -> None:
+    for run_id in ("b", "a", "scheduled__2026-07-01T00:00:00+00:00"):
+        run = prepare(project, run_id)
+        load(run)
+        report(run)
+    other = Run(project.open("x").storage, "notes_too", "z")
+    other.write("summary.json", project.summary(project.open("a")))
+    project.take("not-finished")
+
+    found = summaries(project.open("x").storage, "notes")
+
+    assert [summary.run_id for summary in found] == ["b", "a", "scheduled__2026-07-01T00:00:00+00:00"]
+
+
+def test_a_dataset_without_runs_has_no_summaries(project: Project) -> None:
+    assert summaries(project.open("x").storage, "notes") == []
+
+
+def test_a_run_reported_again_replaces_its_summary(project: Project) -> None:
+    run = prepare(project)
+    load(run)
+    first = report(run)
+
+    second = report(run)
+
+    assert project.summary(run) == second
+    assert second.finished_at > first.finished_at
