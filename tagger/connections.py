@@ -251,8 +251,7 @@ def openai_client(conn_id: str, connections: Connections) -> "OpenAI":
     Raises:
         InputError: there is neither a connection nor `OPENAI_API_KEY`.
     """
-    import httpx
-    from openai import OpenAI, OpenAIError
+    from openai import OpenAI, OpenAIError, Timeout
 
     connection = connections(conn_id)
     options: dict[str, Any] = {}
@@ -262,16 +261,13 @@ def openai_client(conn_id: str, connections: Connections) -> "OpenAI":
             options.setdefault("base_url", connection.host or None)
             options.setdefault("api_key", connection.password or None)
         options["max_retries"] = 0
-        options.setdefault("timeout", httpx.Timeout(120, connect=10))
-        options["http_client"] = httpx.Client(
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), timeout=options["timeout"]
-        )
+        options.setdefault("timeout", Timeout(120, connect=10))
         return OpenAI(**options)
     except OpenAIError:
         raise InputError(
             f"no API key: neither connection `{conn_id}` (password = key, host = base URL) nor $OPENAI_API_KEY is set"
         ) from None
-    except (TypeError, ValueError, httpx.InvalidURL):
+    except Exception:  # of several libraries; some of them show the key
         raise InputError(
             f"connection `{conn_id}`: no client can be made of it: its host must be a base URL, and "
             "`openai_client_kwargs` of its extra the SDK's arguments"

@@ -44,6 +44,7 @@ def connecting(engine: sa.Engine, conn_id: str) -> Iterator[sa.Connection]:
         connection = engine.connect()
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql("PRAGMA schema_version")  # connecting alone does not read the file
+            connection.rollback()
     except SQLAlchemyError as e:
         reason = first_line(getattr(e, "orig", None) or e)
         raise Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}") from None
