@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
@@ -23,6 +23,9 @@ from tagger.prompt import BadAnswer, messages, read_answer, response_format
 
 TRIES = 6
 """HTTP tries of one call, with waits of 1, 2, 4, 8 and 16 s on average unless the server says otherwise."""
+
+TRIES_AT_START = 3
+"""HTTP tries while nobody has ever answered: it is more likely a wrong address than a passing fault."""
 
 LONGEST_WAIT = 120.0
 """Seconds. A server that wants a longer pause than this gets the text again in the next run."""
@@ -132,7 +135,7 @@ class Client:
         """Make one call, repeated while that is of use."""
         retrying = Retrying(
             retry=retry_if_exception_type(_Again),
-            stop=stop_after_attempt(TRIES),
+            stop=self._is_enough,
             wait=_wait,
             sleep=self._sleep,
             reraise=True,
@@ -217,6 +220,11 @@ class Client:
 
     def _endpoint(self) -> str:
         return f"LLM endpoint {self._client.base_url.copy_with(userinfo=b'', query=None)}"
+
+    def _is_enough(self, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        nobody_there = isinstance(error, _Again) and error.failed.kind == "connection" and not self._answered.is_set()
+        return state.attempt_number >= (TRIES_AT_START if nobody_there else TRIES)
 
     def _sleep(self, seconds: float) -> None:
         self._stop.wait(seconds)

@@ -73,7 +73,7 @@ def plan(run: Run, connections: Connections) -> Plan:
     with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
         parquet.write({"key": list(new)})
     shards = _write_shards(run, taken, dataset, spec, plan_id, new)
-    target_rows, older = _target_state(dataset, taken, spec, connections)
+    target_rows, older_rows, older_texts = _target_state(dataset, taken, spec, connections)
     planned = Plan(
         plan_id=plan_id,
         spec_id=spec,
@@ -86,18 +86,19 @@ def plan(run: Run, connections: Connections) -> Plan:
         new=len(new),
         shards=shards,
         target_rows=target_rows,
-        older_spec_rows=older,
+        older_spec_rows=older_rows,
+        older_spec_texts=older_texts,
         planned_at=utc_now(),
         seconds=time.monotonic() - clock,
     )
     run.write("plan.json", planned)
-    for line in describe(planned, dataset):
+    for line in describe(planned, dataset, takes_all=taken.selection.rows == "all"):
         logger.info("plan: %s", line)
     return planned
 
 
-def describe(planned: Plan, dataset: Dataset) -> list[str]:
-    """Return the plan in words."""
+def describe(planned: Plan, dataset: Dataset, *, takes_all: bool) -> list[str]:
+    """Return the plan in words; `takes_all` tells whether the run takes the whole table."""
     lines = [
         f"{planned.rows} rows ({planned.blank} more are blank), {planned.texts} distinct texts: "
         f"{planned.cached} cached, {planned.new} new"
@@ -106,8 +107,9 @@ def describe(planned: Plan, dataset: Dataset) -> list[str]:
     ]
     if planned.older_spec_rows:
         lines.append(
-            f"the prompt, the tags or the model changed: {planned.older_spec_rows} of {planned.target_rows} rows of "
-            "the target hold another spec; taking all rows (`--all`, `rows: all`) would tag them again"
+            f"the prompt, the tags or the model changed, which makes {planned.older_spec_texts} texts new: "
+            f"{planned.older_spec_rows} of {planned.target_rows} rows of the target hold another spec; "
+            + ("this run takes them all" if takes_all else "`--all` (`rows: all`) would tag them all again")
         )
     return lines + not_in_force(dataset)
 
@@ -179,13 +181,14 @@ def _write_shards(run: Run, taken: Snapshot, dataset: Dataset, spec: str, plan_i
     return [Shard(shard=i + 1, of=count, texts=size) for i, size in enumerate(sizes)]
 
 
-def _target_state(dataset: Dataset, taken: Snapshot, spec: str, connections: Connections) -> tuple[int, int]:
-    """Return the number of the target's rows, and how many of them were tagged under another spec."""
+def _target_state(dataset: Dataset, taken: Snapshot, spec: str, connections: Connections) -> tuple[int, int, int]:
+    """Return the number of the target's rows, and of those tagged under another spec rows and distinct texts."""
     engine = database(dataset.target_conn_id, connections)
     with connecting(engine, dataset.target_conn_id) as connection:
         target = existing_target(connection, dataset.target.table, taken.id_type)
         if target is None:
-            return 0, 0
-        older = sa.func.count().filter(target.c.spec_id != spec)
-        row = connection.execute(sa.select(sa.func.count(), older).select_from(target)).one()
-        return int(row[0]), int(row[1])
+            return 0, 0, 0
+        rows = connection.execute(sa.select(sa.func.count()).select_from(target)).scalar_one()
+        count = sa.select(sa.func.count(), sa.func.count(target.c.cache_key.distinct()))
+        older = connection.execute(count.where(target.c.spec_id != spec)).one()
+        return rows, older[0], older[1]

@@ -85,6 +85,8 @@ class Plan(File):
     target_rows: int
     older_spec_rows: int
     """Rows of the target whose tags come from another spec."""
+    older_spec_texts: int = 0
+    """Distinct texts of those rows."""
     planned_at: AwareDatetime
     seconds: float
 

@@ -561,7 +561,7 @@ def test_a_wrong_key_stops_calls_that_wait_to_be_made_again(asker: Asker, llm: S
 
 
 def test_an_endpoint_that_never_answered_stops_the_run(new_asker: MakeAsker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tagger.llm.TRIES", 2)
+    monkeypatch.setattr("tagger.llm.TRIES_AT_START", 2)
     asker = new_asker(f"http://127.0.0.1:{free_port()}/v1")
 
     failure = asker.fail()
@@ -717,6 +717,7 @@ def test_no_error_and_no_log_line_holds_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tagger.llm.TRIES", len(replies))
+    monkeypatch.setattr("tagger.llm.TRIES_AT_START", len(replies))
     caplog.set_level(logging.DEBUG, "tagger")
     llm.script(*replies)
 

@@ -218,8 +218,8 @@ def test_a_new_spec_makes_all_texts_new_and_counts_the_rows_of_the_old_one(eithe
 
     assert (planned.cached, planned.new) == (0, 2)
     assert (planned.target_rows, planned.older_spec_rows) == (3, 3)
-    [_, told] = describe(planned, either.dataset)
-    assert "3 of 3 rows" in told
+    [_, told] = describe(planned, either.dataset, takes_all=False)
+    assert "makes 2 texts new: 3 of 3 rows" in told
     assert "--all" in told
 
 
@@ -230,7 +230,7 @@ def test_under_the_same_spec_nothing_is_said_of_old_rows(either: Project) -> Non
     _, planned = make_plan(either)
 
     assert (planned.target_rows, planned.older_spec_rows) == (1, 0)
-    assert len(describe(planned, either.dataset)) == 1
+    assert len(describe(planned, either.dataset, takes_all=False)) == 1
 
 
 def test_the_plan_says_what_is_new(project: Project) -> None:
@@ -240,7 +240,7 @@ def test_the_plan_says_what_is_new(project: Project) -> None:
 
     _, planned = make_plan(project)
 
-    [told] = describe(planned, project.dataset)
+    [told] = describe(planned, project.dataset, takes_all=False)
     for words in ("3 rows", "1 more are blank", "3 distinct texts", "1 cached", "1 new", "1 over 20", "1 shards"):
         assert words in told
 
@@ -249,7 +249,7 @@ def test_settings_that_are_not_in_force_are_told(project: Project) -> None:
     _, planned = make_plan(project)
     project.change(lock={"conn_id": "redis"}, llm={"requests_per_minute": 5}, alerts={"to": ["team@example.com"]})
 
-    told = describe(planned, project.dataset)[1:]
+    told = describe(planned, project.dataset, takes_all=False)[1:]
 
     assert [line.split("`")[1] for line in told] == ["lock", "llm.requests_per_minute", "alerts"]
 
