@@ -18,10 +18,10 @@ from rich.console import Console
 from demo import home as homes
 from demo import show, tables
 from demo.home import Home
-from demo.servers import Process, ServerError
+from demo.processes import Process, ServerError
 from demo.ui import serve
 from tagger.connections import Connection
-from tagger.dataset import dataset_files, load_dataset
+from tagger.dataset_files import dataset_files, load_dataset
 from tagger.report import Summary
 from tagger.runs import Run
 from tagger.storage import Storage

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.servers import SeaweedFS
+from demo.seaweedfs import SeaweedFS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAND_IN_MODEL = "offline-stand-in"

@@ -11,7 +11,7 @@ from rich.console import Console
 from demo import home as homes
 from demo import show
 from demo.home import Home
-from demo.servers import Process, free_port
+from demo.processes import Process, free_port
 
 COMPONENTS = {
     "scheduler": ["scheduler", "--skip-serve-logs"],

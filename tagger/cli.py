@@ -10,7 +10,8 @@ from typing import Any
 
 from tagger import __version__
 from tagger.connections import Connections, connections_from_env
-from tagger.dataset import Dataset, dataset_files, datasets_folder, find_dataset, load_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import dataset_files, datasets_folder, find_dataset, load_dataset
 from tagger.exceptions import InputError, TaggerError
 
 DESCRIPTION = """Tag the new and changed texts of a table with an LLM, and pay for each text once.

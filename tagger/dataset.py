@@ -1,31 +1,21 @@
-"""Dataset files: one YAML file describes one table, its tags and how it is tagged.
-
-`load_dataset` reads one; every mistake is answered with file, key, what was found and what is expected.
-"""
+"""What a dataset file holds: one table, its tags, and how it is tagged. `tagger.dataset_files` reads it."""
 
 import json
-import os
 import re
 from datetime import date, timedelta
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-
-from tagger.exceptions import DatasetError, InputError, Mistake
 
 MAX_TAGS_IN_SCHEMA = 1000
 """Structured outputs take at most 1,000 enum values (OpenAI's limit)."""
@@ -300,191 +290,3 @@ def _fires(schedule: str) -> bool:
     except (CroniterError, ValueError):
         return False
     return True
-
-
-def datasets_folder() -> Path:
-    """Return `$TAGGER_DATASETS`, or else `dags/datasets` below the working directory."""
-    return Path(os.environ.get("TAGGER_DATASETS") or Path("dags", "datasets"))
-
-
-def dataset_files(folder: Path) -> list[Path]:
-    """Return the dataset files of a folder, in name order."""
-    return sorted(p for p in folder.glob("*.y*ml") if p.suffix in {".yaml", ".yml"} and p.is_file())
-
-
-def find_dataset(name_or_path: str, folder: Path | None = None) -> Path:
-    """Return the file of a dataset given by its name or by a path.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise InputError(f"no dataset file {name_or_path}")
-        return path
-    folder = folder or datasets_folder()
-    files = dataset_files(folder)
-    for path in files:
-        if name_or_path in (path.stem, _name_in(path)):
-            return path
-    known = ", ".join(path.stem for path in files) or "none"
-    raise InputError(f"no dataset `{name_or_path}` in {folder} (there: {known}); $TAGGER_DATASETS names another folder")
-
-
-def _name_in(path: Path) -> str | None:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    name = content.get("dataset") if isinstance(content, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def load_dataset(path: Path) -> Dataset:
-    """Read and validate a dataset file, and check it against the other files of its folder.
-
-    Raises:
-        DatasetError: the file, the key, what was found and what is expected, for each mistake.
-    """
-    dataset = parse_dataset(read_yaml(path), str(path))
-    mistakes = []
-    for other in dataset_files(path.parent):
-        if other.resolve() == path.resolve():
-            continue
-        try:
-            taken = parse_dataset(read_yaml(other), str(other))
-        except DatasetError:
-            continue
-        if taken.dataset == dataset.dataset:
-            mistakes.append(Mistake("dataset", repr(dataset.dataset), f"a name that {other.name} does not have"))
-        if (taken.target_conn_id, taken.target.table) == (dataset.target_conn_id, dataset.target.table):
-            mistakes.append(
-                Mistake("target.table", repr(dataset.target.table), f"a table that is not the target of {other.name}")
-            )
-    if mistakes:
-        raise DatasetError(str(path), mistakes)
-    return dataset
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without silently overwritten keys, whose every error tells the line."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError) as e:
-            raise yaml.constructor.ConstructorError(None, None, f"no valid value ({e})", node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (dict, list, set)):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is not a word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file.
-
-    Raises:
-        DatasetError: it cannot be read, or is not YAML.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as e:
-        raise DatasetError(str(path), [Mistake("file", e.strerror or type(e).__name__, "a readable file")]) from None
-    except UnicodeDecodeError as e:
-        raise DatasetError(str(path), [Mistake("file", f"byte {e.start} is not UTF-8", "UTF-8")]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
-        found = getattr(e, "problem", None) or "no valid YAML"
-        raise DatasetError(str(path), [Mistake(where, str(found), "valid YAML")]) from None
-
-
-def parse_dataset(content: Any, file: str) -> Dataset:
-    """Validate the content of a dataset file; `file` names it in errors.
-
-    Raises:
-        DatasetError: one mistake for each thing to mend.
-    """
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else type(content).__name__
-        raise DatasetError(file, [Mistake("file", found, "the keys of a dataset, such as `dataset:` and `source:`")])
-    try:
-        return Dataset.model_validate(content)
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-    schedule = content.get("schedule")
-    other_branch = "str" if isinstance(schedule, dict) else "AssetSchedule"
-    told = [error for error in errors if error["loc"][:2] != ("schedule", other_branch)]
-    raise DatasetError(file, [_mistake(error) for error in told])
-
-
-_UNION_BRANCHES = ("str", "AssetSchedule")
-_TYPE_NAMES = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "keys"}
-
-
-def _mistake(error: Any) -> Mistake:
-    location = [part for part in error["loc"] if part not in _UNION_BRANCHES]
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "missing":
-        return Mistake(key, "nothing", "a value (the key is required)")
-    if kind == "extra_forbidden":
-        return Mistake(key, "an unknown key", _known_keys(location))
-    if kind == "value_error":
-        message = str(context["error"])
-        if not key:  # from a validator of the whole file, which names the key itself
-            key, message = message.split(": ", 1)
-            value = value["target"]["table"]
-        return Mistake(key, _show(value), message)
-    if kind in ("model_type", "dict_type"):
-        return Mistake(key, _show(value), "keys: " + _known_keys([*location, ""]).removeprefix("one of "))
-    if kind == "string_type":
-        forms = ", null, or {assets: [uri]}" if key == "schedule" else ""
-        return Mistake(key, _show(value), f"text (in quotes, if it reads like another type){forms}")
-    message = str(error["msg"]).removeprefix("Input should be ")
-    return Mistake(key, _show(value), message[0].lower() + message[1:])
-
-
-def _known_keys(location: list[str | int]) -> str:
-    model: type[BaseModel] | None = Dataset
-    for part in location[:-1]:
-        if isinstance(part, str) and model is not None:
-            model = _SECTIONS.get(part)
-    known = sorted(model.model_fields) if model else []
-    near = get_close_matches(str(location[-1]), known, n=1)
-    return f"`{near[0]}`?" if near else f"one of {', '.join(known)}"
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "schedule": AssetSchedule,
-    "source": Source,
-    "target": Target,
-    "llm": LLM,
-    "price": Price,
-    "tags": Tag,
-    "lock": Lock,
-    "limits": Limits,
-    "shards": Shards,
-    "alerts": Alerts,
-}
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        return "keys " + ", ".join(map(str, value)) if value else "no keys"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, int) and abs(value) >= 10**80:
-        return "a number of very many digits"
-    shown = repr(value) if isinstance(value, str) else str(value)
-    name = _TYPE_NAMES.get(type(value))
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{shown} ({name})" if name and not isinstance(value, str) else shown

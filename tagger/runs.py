@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from tagger.connections import Connections
-from tagger.dataset import Dataset, parse_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import parse_dataset
 from tagger.exceptions import InputError, StorageError
 from tagger.storage import Storage
 from tagger.window import Selection

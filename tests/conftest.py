@@ -42,7 +42,7 @@ AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="tagger-tests-"))
 _isolate(AIRFLOW_HOME)
 sys.path.insert(0, str(REPOSITORY))
 
-from demo.servers import SeaweedFS  # noqa: E402 - after the environment is ours
+from demo.seaweedfs import SeaweedFS  # noqa: E402 - after the environment is ours
 from demo.stand_in import StandIn  # noqa: E402
 from tests.project import Project, sqlite_project  # noqa: E402
 from tests.servers import Moto, PostgreSQL, S3Store  # noqa: E402

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from demo.stand_in import StandIn
 from tagger.connections import Connection
-from tagger.dataset import Dataset, parse_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import parse_dataset
 from tagger.exceptions import TaggerError
 from tagger.load import load_back
 from tagger.plan import plan

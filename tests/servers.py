@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Self
 import psycopg
 from psycopg import sql
 
-from demo.servers import LOOPBACK, Process, ServerError, free_port, s3_client, start_on_free_ports
+from demo.processes import LOOPBACK, Process, ServerError, free_port, start_on_free_ports
+from demo.seaweedfs import s3_client
 
 if TYPE_CHECKING:
     from moto.server import ThreadedMotoServer

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from botocore.retries.standard import ExponentialBackoff
 
-from demo.servers import free_port
+from demo.processes import free_port
 from demo.stand_in import completion, error
 from tagger.cli import main
 from tagger.report import Summary

@@ -13,19 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagger.dataset import (
-    LLM,
-    AssetSchedule,
-    Dataset,
-    Limits,
-    Price,
-    Shards,
-    dataset_files,
-    find_dataset,
-    load_dataset,
-    parse_dataset,
-    read_yaml,
-)
+from tagger.dataset import LLM, AssetSchedule, Dataset, Limits, Price, Shards
+from tagger.dataset_files import dataset_files, find_dataset, load_dataset, parse_dataset, read_yaml
 from tagger.exceptions import DatasetError, InputError
 from tests.project import merged
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from demo.servers import free_port
+from demo.processes import free_port
 from demo.stand_in import MODEL, Json, Reply, Script, StandIn, completion, error, token_usage
 from tagger.cache import Usage
 from tagger.connections import Connection, openai_client
-from tagger.dataset import parse_dataset
+from tagger.dataset_files import parse_dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TaggerError, TextFailed
 from tagger.llm import ASKS, LONGEST_WAIT, TRIES, Answer, Client, Stopped
 from tests.project import MINIMAL, merged

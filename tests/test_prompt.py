@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from demo.stand_in import StandIn
 from tagger.connections import Connection, openai_client
-from tagger.dataset import Dataset, parse_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import parse_dataset
 from tagger.llm import Client
 from tagger.prompt import BadAnswer, instructions, messages, read_answer, response_format
 from tagger.spec import normalise, spec_id, text_key

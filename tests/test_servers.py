@@ -18,7 +18,8 @@ import psycopg
 import pytest
 from botocore.exceptions import ClientError
 
-from demo.servers import Process, SeaweedFS, ServerError, free_port, remove_sockets, start_on_free_ports
+from demo.processes import Process, ServerError, free_port, start_on_free_ports
+from demo.seaweedfs import SeaweedFS, remove_sockets
 from tests.servers import Moto, PostgreSQL, S3Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -331,7 +332,8 @@ class TestFixtures:
 
 def run_python(code: str, directory: Path) -> subprocess.Popen[bytes]:
     """Starts Python in `directory` on code that may use the servers of the demo."""
-    imports = "import time; from pathlib import Path; from demo.servers import Process, SeaweedFS"
+    imports = "import time, demo.processes, demo.seaweedfs; from pathlib import Path"
+    imports += "; Process, SeaweedFS = demo.processes.Process, demo.seaweedfs.SeaweedFS"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", f"{imports}; {code}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=directory, env=environment)

@@ -15,7 +15,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tagger.dataset import Dataset, parse_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import parse_dataset
 from tagger.spec import normalise, spec_id, spec_of, text_key
 from tests.project import merged
 
@@ -319,7 +320,7 @@ def test_the_same_text_has_another_key_under_another_spec() -> None:
 def test_spec_and_keys_are_the_same_in_every_process(seed: str) -> None:
     program = (
         "import json, sys\n"
-        "from tagger.dataset import parse_dataset\n"
+        "from tagger.dataset_files import parse_dataset\n"
         "from tagger.spec import normalise, spec_id, text_key\n"
         "content, text = json.load(sys.stdin)\n"
         "spec = spec_id(parse_dataset(content, 'notes.yaml'))\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.servers import free_port
+from demo.processes import free_port
 from tagger.connections import Connection
 from tagger.exceptions import InputError, StorageError, TaggerError, Unreachable
 from tagger.storage import Storage

@@ -16,7 +16,8 @@ from airflow.timetables.trigger import CronTriggerTimetable
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tagger.dataset import Dataset, parse_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import parse_dataset
 from tagger.exceptions import InputError
 from tagger.window import Selection, previous_firing, select_rows
 from tests.project import MINIMAL, merged

@@ -12,7 +12,8 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow.timetables.trigger import CronTriggerTimetable
 
 from tagger.airflow import steps
-from tagger.dataset import AssetSchedule, Dataset, dataset_files, load_dataset, read_yaml
+from tagger.dataset import AssetSchedule, Dataset
+from tagger.dataset_files import dataset_files, load_dataset, read_yaml
 from tagger.exceptions import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ def tagging_dags(folder: Path) -> dict[str, DAG]:
             dag = tagging_dag(load_dataset(path), path)
         except DatasetError as e:
             dag = broken_dag(path, str(e))
+        except Exception as e:  # a fault of ours: one file must not take the other DAGs down
+            logger.exception("%s cannot be made a DAG", path)
+            dag = broken_dag(path, f"{path}: unexpected {type(e).__name__}; the dag-processor's log has more")
         if dag.dag_id in dags:
             dag = broken_dag(path, f"{path}: `dataset`: another file gives the DAG `{dag.dag_id}` too", unique=True)
         dags[dag.dag_id] = dag

@@ -13,7 +13,8 @@ from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException
 
 from tagger.airflow.connections import connections_from_airflow
-from tagger.dataset import Dataset, load_dataset
+from tagger.dataset import Dataset
+from tagger.dataset_files import load_dataset
 from tagger.exceptions import InputError, LLMStopped, LLMUnreachable, RunFailed, Unreachable
 from tagger.window import RunKind, Selection, select_rows
 
