@@ -27,6 +27,9 @@ TRIES = 6
 TRIES_AT_START = 3
 """HTTP tries while nobody has ever answered: it is more likely a wrong address than a passing fault."""
 
+TRIES_AFTER_TIMEOUT = 3
+"""HTTP tries of a call that times out: the provider may charge for each."""
+
 LONGEST_WAIT = 120.0
 """Seconds. A server that wants a longer pause than this gets the text again in the next run."""
 
@@ -223,8 +226,10 @@ class Client:
 
     def _is_enough(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
-        nobody_there = isinstance(error, _Again) and error.failed.kind == "connection" and not self._answered.is_set()
-        return state.attempt_number >= (TRIES_AT_START if nobody_there else TRIES)
+        kind = error.failed.kind if isinstance(error, _Again) else None
+        if kind == "connection" and not self._answered.is_set():
+            return state.attempt_number >= TRIES_AT_START
+        return state.attempt_number >= (TRIES_AFTER_TIMEOUT if kind == "timeout" else TRIES)
 
     def _sleep(self, seconds: float) -> None:
         self._stop.wait(seconds)

@@ -46,7 +46,7 @@ class ShardAsker:
         self._ledger = ledger
         self._row_ids = row_ids
         self._budget = budget
-        self._failures = 0
+        self.failures = 0
         self._lock = threading.Lock()
         self.stopped_by: TaggerError | None = None
 
@@ -83,8 +83,8 @@ class ShardAsker:
         if isinstance(error, TextFailed):
             self._ledger.failed(key, row_id, error.kind, str(error))
             with self._lock:
-                self._failures += 1
-                failures = self._failures
+                self.failures += 1
+                failures = self.failures
             if failures <= FAILURES_LOGGED:
                 logger.warning("row %s failed: %s: %s", row_id, error.kind, error)
             if failures == FAILURES_LOGGED:
@@ -163,9 +163,11 @@ def _build(dataset: Dataset, shard: Shard, shard_texts: ShardTexts, asker: Shard
     from tagger.tasks import TagTexts
 
     tree = TagTexts(shard=f"shard-{shard.shard}-of-{shard.of}", texts=shard_texts.texts, asker=asker)
-    build(tree, threads=min(dataset.llm.concurrency, len(shard_texts.texts)), stop=client.stop)
+    complete = build(tree, threads=min(dataset.llm.concurrency, len(shard_texts.texts)), stop=client.stop)
     if asker.stopped_by is not None:
         raise asker.stopped_by
+    if not complete and not asker.failures:
+        raise TaggerError(f"{shard.name}: the tree ended before all texts were asked")
 
 
 @contextmanager

@@ -344,7 +344,7 @@ def test_an_answer_that_does_not_come_in_time_is_tried_again(new_asker: MakeAske
 def test_a_text_that_times_out_at_every_try_fails(
     new_asker: MakeAsker, llm: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tagger.llm.TRIES", 1)
+    monkeypatch.setattr("tagger.llm.TRIES_AFTER_TIMEOUT", 1)
     llm.script(replace(GOOD, delay=2.0))
 
     failure = new_asker(llm={"params": {"timeout": 0.2}}).fail()
