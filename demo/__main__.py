@@ -43,7 +43,8 @@ def main() -> int:
     if options.live and not os.environ.get("OPENAI_API_KEY"):
         print("scripts/demo --live needs $OPENAI_API_KEY", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, _interrupt)
     try:
         return _run(home, ui=options.ui, yes=options.yes)
     except KeyboardInterrupt:
