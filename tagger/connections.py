@@ -222,7 +222,7 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         connect_timeout=10,
-        read_timeout=60,
+        read_timeout=30,
         max_pool_connections=MAX_S3_CONNECTIONS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

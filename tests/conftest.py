@@ -84,7 +84,11 @@ def s3_bucket(moto_server: S3Store) -> S3Store:
 
 
 def _with_bucket(store: S3Store) -> S3Store:
-    store.client().create_bucket(Bucket=store.bucket)
+    client = store.client()
+    client.create_bucket(Bucket=store.bucket)
+    # SeaweedFS makes a bucket's volumes at its first object: not while many threads wait for them
+    client.put_object(Bucket=store.bucket, Key="first", Body=b"first")
+    client.delete_object(Bucket=store.bucket, Key="first")
     return store
 
 
