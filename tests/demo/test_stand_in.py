@@ -342,7 +342,8 @@ def test_keep_alive(llm: StandIn) -> None:
 def test_missing_length(llm: StandIn) -> None:
     """A body of unknown length is refused and its connection closed."""
     connection = http.client.HTTPConnection("127.0.0.1", llm.port, timeout=5)
-    connection.request("POST", "/v1/chat/completions", iter([b"{}"]), encode_chunked=True)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.endheaders()
     response = connection.getresponse()
     assert (response.status, response.headers["Connection"]) == (400, "close")
     connection.close()
