@@ -57,14 +57,34 @@ def load_dataset(path: Path) -> Dataset:
     Raises:
         DatasetError: the file, the key, what was found and what is expected, for each mistake.
     """
-    dataset = parse_dataset(read_yaml(path), str(path))
+    others = [other for other in dataset_files(path.parent) if other.resolve() != path.resolve()]
+    loaded = load_datasets([path, *others])[path]
+    if isinstance(loaded, DatasetError):
+        raise loaded
+    return loaded
+
+
+def load_datasets(paths: list[Path]) -> dict[Path, Dataset | DatasetError]:
+    """Read dataset files, each once, and check them against one another; return each one's dataset or its mistakes."""
+    loaded = {path: _load(path) for path in paths}
+    datasets = {path: dataset for path, dataset in loaded.items() if isinstance(dataset, Dataset)}
+    for path, dataset in datasets.items():
+        if mistakes := _taken_by_others(path, dataset, datasets):
+            loaded[path] = DatasetError(str(path), mistakes)
+    return loaded
+
+
+def _load(path: Path) -> Dataset | DatasetError:
+    try:
+        return parse_dataset(read_yaml(path), str(path))
+    except DatasetError as e:
+        return e
+
+
+def _taken_by_others(path: Path, dataset: Dataset, datasets: dict[Path, Dataset]) -> list[Mistake]:
     mistakes = []
-    for other in dataset_files(path.parent):
-        if other.resolve() == path.resolve():
-            continue
-        try:
-            taken = parse_dataset(read_yaml(other), str(other))
-        except DatasetError:
+    for other, taken in datasets.items():
+        if other == path:
             continue
         if taken.dataset == dataset.dataset:
             mistakes.append(Mistake("dataset", repr(dataset.dataset), f"a name that {other.name} does not have"))
@@ -72,9 +92,7 @@ def load_dataset(path: Path) -> Dataset:
             mistakes.append(
                 Mistake("target.table", repr(dataset.target.table), f"a table that is not the target of {other.name}")
             )
-    if mistakes:
-        raise DatasetError(str(path), mistakes)
-    return dataset
+    return mistakes
 
 
 class _Loader(yaml.SafeLoader):

@@ -67,6 +67,8 @@ def plan(run: Run, connections: Connections) -> Plan:
             rows += sum(row.key is not None for row in batch)
             keys.update(row.key for row in batch if row.key is not None and not row.too_long)
             too_long.update((row.key, str(row.id)) for row in batch if row.key is not None and row.too_long)
+    # a text may be too long in one row and, with less white space around it, short enough in another
+    too_long = {key: row_id for key, row_id in too_long.items() if key not in keys}
     cache = Cache(run.storage, spec, dataset.llm.model)
     cached = cache.find(keys)
     new = keys - cached
@@ -79,7 +81,7 @@ def plan(run: Run, connections: Connections) -> Plan:
         spec_id=spec,
         rows=rows,
         blank=blank,
-        texts=len(keys | too_long.keys()),
+        texts=len(keys) + len(too_long),
         cached=len(cached),
         too_long=len(too_long),
         too_long_row=next(iter(too_long.values()), None),

@@ -25,7 +25,8 @@ class Storage:
 
     Raises (all methods):
         Unreachable: the endpoint does not answer.
-        InputError: the bucket is missing, or access is denied.
+        InputError: the bucket is missing (`size` and `download` cannot tell that from a missing object), or access is
+            denied.
         StorageError: anything else that S3 answers.
     """
 

@@ -324,3 +324,13 @@ def test_an_edit_of_the_file_after_the_snapshot_changes_nothing(project: Project
     project.change(prompt="You tag something else.")
 
     assert plan(run, project.connections).spec_id == before
+
+
+def test_a_text_that_is_too_long_in_one_row_alone_is_counted_once(project: Project) -> None:
+    put_all(project, "apple", "apple" + " " * 50)
+    project.change(source={"max_chars": 20})
+
+    summary = project.run()
+
+    assert (summary.rows, summary.texts, summary.tagged, summary.refused) == (2, 1, 1, 0)
+    assert [row.status for row in project.target().values()] == ["tagged", "refused"]

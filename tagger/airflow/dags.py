@@ -13,7 +13,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from tagger.airflow import steps
 from tagger.dataset import AssetSchedule, Dataset
-from tagger.dataset_files import dataset_files, load_dataset, read_yaml
+from tagger.dataset_files import dataset_files, load_datasets, read_yaml
 from tagger.exceptions import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,9 @@ A text that failed is asked again by the next run, however old its row is.
 def tagging_dags(folder: Path) -> dict[str, DAG]:
     """Return the DAGs of all dataset files in a folder by DAG id. A wrong file gives a DAG that says so."""
     dags: dict[str, DAG] = {}
-    for path in dataset_files(folder):
+    for path, loaded in load_datasets(dataset_files(folder)).items():
         try:
-            dag = tagging_dag(load_dataset(path), path)
-        except DatasetError as e:
-            dag = broken_dag(path, str(e))
+            dag = broken_dag(path, str(loaded)) if isinstance(loaded, DatasetError) else tagging_dag(loaded, path)
         except Exception as e:  # a fault of ours: one file must not take the other DAGs down
             logger.exception("%s cannot be made a DAG", path)
             dag = broken_dag(path, f"{path}: unexpected {type(e).__name__}; the dag-processor's log has more")
