@@ -3,10 +3,12 @@
 A record lies at `cache/<spec_id>/<key[:2]>/tag_<key>.json` and never holds the text.
 """
 
+import gc
 import json
 import logging
-import threading
-from collections.abc import Iterable
+import random
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import islice
@@ -14,7 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tagger.exceptions import InputError
+from tagger.exceptions import InputError, StorageError, Unreachable
 from tagger.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,13 @@ SMALLEST_RECORD = 100
 STAND_IN_MODEL = "offline-stand-in"
 """The model that the offline stand-in of the demo answers as. It is no LLM: no other spec accepts its records."""
 
+WRITE_SECONDS = 60.0
+"""How long a record is tried to be written, beyond the tries of a single request."""
+
 _THREADS = 16
+
+_PARTS = "0123456789abcdef"
+"""First digits of the keys: a listing is made in these parts, at once."""
 
 
 class Usage(BaseModel):
@@ -100,7 +108,7 @@ def parse_record(body: bytes, model: str) -> Record:
 class Cache:
     """The records of one spec. Its methods may be called from many threads.
 
-    `complete` and `known_missing` answer from memory; only `find`, `read` and `write` ask S3.
+    `complete` answers from memory; the others ask S3.
     """
 
     def __init__(self, storage: Storage, spec: str, model: str) -> None:
@@ -109,45 +117,61 @@ class Cache:
         self._model = model
         self._prefix = f"cache/{spec}/"
         self._complete: set[str] = set()
-        self._lock = threading.Lock()
 
     def path(self, key: str) -> str:
         """Return the path of a key's object below the storage."""
         return f"{self._prefix}{key[:2]}/tag_{key}.json"
 
     def complete(self, key: str) -> bool:
-        """Return whether `find`, `read` or `write` saw a record for the key; no request is made."""
+        """Return whether `read` or `write` saw a record for the key; no request is made."""
         return key in self._complete
 
+    def assume(self, keys: Iterable[str]) -> None:
+        """Take it that these keys have a record."""
+        self._complete.update(keys)
+
     def find(self, keys: Iterable[str]) -> set[str]:
-        """Return which of the keys have a record, with as few requests as that takes.
-
-        One listing of the spec's prefix costs a request per 1,000 records, asking for each key one per key. How many
-        records there are is estimated from one of the 256 second-level prefixes, for keys are hashes.
-        """
+        """Return which of the keys have a record."""
         wanted = set(keys)
-        if not wanted:
-            return set()
-        sample = sum(1 for _ in islice(self._storage.list(f"{self._prefix}00/"), 1000 * len(wanted)))
+        return wanted - self.missing(wanted)
+
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """Return which of the keys have no record, with as few requests as that takes.
+
+        The listing is not kept: beside the keys and a page a thread, only the result takes memory.
+        """
+        missing = set(keys)
         with ThreadPoolExecutor(_THREADS) as threads:
-            if 16 + sample * 256 / 1000 < len(wanted):
-                parts = threads.map(self._listed, (f"{self._prefix}{digit}" for digit in "0123456789abcdef"))
-                found = set().union(*(part & wanted for part in parts))
+            if self._is_listing_cheaper(len(missing)):
+                gc.disable()  # the parsers' objects set it off, and it goes through all others: 3/4 of the time
+                try:
+                    list(threads.map(lambda part: missing.difference_update(self._listed(part)), _PARTS))
+                finally:
+                    gc.enable()
             else:
-                ordered = list(wanted)
-                found = {key for key, there in zip(ordered, threads.map(self._is_there, ordered), strict=True) if there}
-        with self._lock:
-            self._complete |= found
-        return found
+                ordered = list(missing)
+                there = threads.map(self.exists, ordered)
+                missing.difference_update(key for key, is_there in zip(ordered, there, strict=True) if is_there)
+        return missing
 
-    def _listed(self, prefix: str) -> set[str]:
-        return {
-            path[-37:-5]
-            for path, size in self._storage.list(prefix)
-            if size >= SMALLEST_RECORD and path.endswith(".json")
-        }
+    def _is_listing_cheaper(self, keys: int) -> bool:
+        """Return whether listing the spec's prefix takes fewer requests than asking for each of so many keys.
 
-    def _is_there(self, key: str) -> bool:
+        A listing takes one for each part and each 1,000 records. How many records there are is estimated from one of
+        the 256 second-level prefixes, for keys are hashes; it is read no further than the answer needs.
+        """
+        too_many = (keys - len(_PARTS)) * 1000 // 256
+        if too_many <= 0:
+            return False
+        return sum(1 for _ in islice(self._storage.list(f"{self._prefix}00/"), too_many)) < too_many
+
+    def _listed(self, part: str) -> Iterator[str]:
+        for path, size in self._storage.list(f"{self._prefix}{part}"):
+            if size >= SMALLEST_RECORD and path.endswith(".json"):
+                yield path[-37:-5]
+
+    def exists(self, key: str) -> bool:
+        """Ask S3 whether a key has a record."""
         size = self._storage.size(self.path(key))
         return size is not None and size >= SMALLEST_RECORD
 
@@ -179,9 +203,19 @@ class Cache:
             return {key: record for key, record in zip(ordered, records, strict=True) if record is not None}
 
     def write(self, key: str, record: Record) -> None:
-        """Write a key's record, once and whole."""
-        self._storage.put(self.path(key), record.to_bytes())
-        self._complete.add(key)
+        """Write a key's record, once and whole. It is paid for: S3 may be away for a while."""
+        path, body = self.path(key), record.to_bytes()
+        until = time.monotonic() + WRITE_SECONDS
+        while True:
+            try:
+                self._storage.put(path, body)
+            except (Unreachable, StorageError):
+                if time.monotonic() > until:
+                    raise
+                time.sleep(random.uniform(0.5, 1.5))
+            else:
+                self._complete.add(key)
+                return
 
     def remove(self, key: str) -> None:
         """Delete a key's record: its text is paid for again."""

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import openai
 
-from tagger.connections import Connections, database, openai_client
+from tagger.connections import Connections, database, openai_client, ping_redis, redis_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
-from tagger.plan import not_in_force
+from tagger.plan import WITHOUT_LOCK, not_in_force
 from tagger.price import price_of
 from tagger.snapshot import SourceTable
 from tagger.spec import spec_id
@@ -43,8 +43,11 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
         yield f"price of {dataset.llm.model}: not known, so costs are not counted; `llm.price` sets it"
     else:
         yield f"price of {dataset.llm.model}: ${price.input:g} in, ${price.output:g} out per million tokens"
-    if dataset.lock is None:
-        yield "without `lock`, runs of two datasets with one spec, or of two machines, may pay for a text twice"
+    if dataset.lock is not None:
+        with redis_client(dataset.lock.conn_id, connections) as client:
+            yield f"lock {dataset.lock.conn_id}: answers at {ping_redis(client, dataset.lock.conn_id)}"
+    else:
+        yield WITHOUT_LOCK
     yield from not_in_force(dataset)
 
 

@@ -12,7 +12,7 @@ from tagger import __version__
 from tagger.connections import Connections, connections_from_env
 from tagger.dataset import Dataset
 from tagger.dataset_files import dataset_files, datasets_folder, find_dataset, load_dataset
-from tagger.exceptions import InputError, TaggerError
+from tagger.exceptions import InputError, TaggerError, Terminated
 
 DESCRIPTION = """Tag the new and changed texts of a table with an LLM, and pay for each text once.
 
@@ -135,7 +135,7 @@ def _tag(options: argparse.Namespace, connections: Connections) -> None:
     run = _open(options, connections)
     shards = [options.shard] if options.shard is not None else [shard.shard for shard in run.plan().shards]
     for number in shards:
-        tag(run, number, connections)
+        tag(run, number, connections, alone=options.shard is None)
 
 
 def _load(options: argparse.Namespace, connections: Connections) -> None:
@@ -159,7 +159,9 @@ def _run(options: argparse.Namespace, connections: Connections) -> None:
     broken: TaggerError | None = None
     for shard in planned.shards:
         try:
-            tag(run, shard.shard, connections)
+            tag(run, shard.shard, connections, alone=True)
+        except Terminated:
+            raise
         except TaggerError as e:
             broken = broken or e
             break

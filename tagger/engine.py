@@ -1,69 +1,134 @@
-"""The engine under `gokart.build`: tasks on threads, and a scheduler that picks a task in constant time.
+"""The engine under `gokart.build`: tasks on threads, laid out wave by wave, picked at random in constant time.
 
-gokart's own worker forks a process per task, which shares its parent's S3 connection, and luigi's scheduler sorts all
-pending tasks at every pick. `build` puts both classes below in their place for the time of one `gokart.build`, by the
-one name that gokart looks up: `WorkerSchedulerFactory` in the module `gokart.build`. Nothing else is replaced.
+gokart's own worker forks a process per task, which shares its parent's S3 connection; luigi's scheduler sorts all
+pending tasks at every pick, and keeps all that it ever saw. `build` puts the classes below in their place for the time
+of one `gokart.build`, by the one name that gokart looks up: `WorkerSchedulerFactory` in the module `gokart.build`.
+What they lean on in gokart and luigi is written down, and checked, in `tests/test_engine.py`.
 """
 
+import heapq
 import logging
 import queue
 import random
+import signal
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any, Literal, TypeVar
 
 import gokart
 import luigi
 from gokart.build import GokartBuildError, WorkerSchedulerFactory
+from gokart.conflict_prevention_lock.task_lock import TaskLockException
 from gokart.worker import ContextManagedTaskProcess, Worker, gokart_worker
 from luigi.scheduler import Scheduler
-from luigi.task_status import DONE, PENDING, RUNNING
+from luigi.task_register import Register
+from luigi.task_status import DONE, FAILED, PENDING
+
+from tagger.exceptions import Terminated
 
 STOP_SECONDS = 15.0
 """How long calls in flight may take to end when a build is interrupted."""
 
+LOCKED_SECONDS = 1.0
+"""After how long a task is tried again that another worker had locked."""
 
-def build(task: gokart.TaskOnKart[Any], *, threads: int, stop: Callable[[], None]) -> bool:
+POLL_SECONDS = 0.2
+"""How often a worker looks whether it is stopped, or whether a locked task's time has come."""
+
+
+T = TypeVar("T")
+
+
+class Leaf(gokart.TaskOnKart[T]):
+    """A task of which a tree has many: what luigi finds out anew for each instance is found out once.
+
+    An instance takes a fifth of the time. Parameters must be given by keyword; the defaults of the others are those at
+    the first instance.
+    """
+
+    @classmethod
+    @cache
+    def get_params(cls) -> list[tuple[str, Any]]:
+        """Return name and parameter of all parameters, in order."""
+        return list(super().get_params())
+
+    @classmethod
+    def get_param_values(
+        cls, params: list[tuple[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[str, Any]]:
+        """Return name and value of all parameters, in order. luigi looks each default up in its configuration."""
+        defaults = _defaults.get((cls, *kwargs))
+        if defaults is None:
+            values: list[tuple[str, Any]] = super().get_param_values(params, args, kwargs)
+            _defaults[cls, *kwargs] = {name: value for name, value in values if name not in kwargs}
+            return values
+        return [(name, kwargs[name] if name in kwargs else defaults[name]) for name, _ in params]
+
+
+_defaults: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""Values of the parameters that were not given, by class and names of those that were."""
+
+
+class Wave(Leaf[None]):
+    """A task whose requirements are laid out only when the tasks laid out before run short.
+
+    A tree of any size is built in bounded memory if its leaves hang below waves. No leaf may hang below two of them.
+    """
+
+
+def build(task: gokart.TaskOnKart[Any], *, threads: int, stopped: threading.Event) -> bool:
     """Run a tree with `gokart.build`, up to `threads` tasks at a time; return whether all of it is complete.
 
-    Failed tasks do not stop the others. When the build is interrupted (KeyboardInterrupt, Airflow's timeout), `stop` is
-    called, which must keep further tasks from starting work, and the tasks that run get `STOP_SECONDS` to end.
+    Failed tasks do not stop the others; tasks that another worker has locked are tried again until they are not. Once
+    `stopped` is set, no task starts. When the build is interrupted (SIGTERM, KeyboardInterrupt, Airflow's timeout), it
+    is set, and the tasks that run get `STOP_SECONDS` to end.
+
+    Raises:
+        Terminated: the process got SIGTERM.
     """
     workers: list[ThreadWorker] = []
+    Register.disable_instance_cache()  # it would keep every task, and with it its text
     try:
-        with _installed(workers), _quiet(), _forgetting_handlers():
+        with _installed(workers, stopped), _quiet(), _forgetting_handlers(), _terminable(), suppress(GokartBuildError):
             gokart.build(task, return_value=False, log_level=logging.INFO, workers=threads)
-    except GokartBuildError:
-        return False
-    except BaseException:
-        stop()
+        return task.complete()
+    except BaseException as e:
+        stopped.set()
         for worker in workers:
             worker.wait(STOP_SECONDS)
+        if isinstance(e, _Sigterm):
+            raise Terminated("stopped by SIGTERM; what was answered until then is kept") from None
         raise
     finally:
-        luigi.task_register.Register.clear_instance_cache()  # it would keep every text for the life of the process
-    return True
+        Register.clear_instance_cache()
 
 
 class TaskThread(ContextManagedTaskProcess):
     """A task's run on a thread, where luigi has a process."""
 
+    ended = False
+
+    def __init__(self, threads: "queue.SimpleQueue[TaskThread | None]", *args: Any, **kwargs: Any) -> None:
+        super().__init__(None, *args, **kwargs)
+        self._threads = threads
+
     def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self.run, name=self.task.task_family, daemon=True)
-        self._thread.start()
+        """Hand the task to the next thread that is free."""
+        self._threads.put(self)
+
+    def run(self) -> None:
+        """Run the task; its result goes to the worker's queue."""
+        super().run()
+        self.ended = True
 
     def is_alive(self) -> bool:
-        """Return whether the task is running."""
-        return self._thread.is_alive()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the task to end."""
-        self._thread.join(timeout)
+        """Return whether the task has not ended."""
+        return not self.ended
 
     def terminate(self) -> None:
         """Do nothing: a thread cannot be killed; `build` waits for it."""
@@ -73,6 +138,16 @@ class TaskThread(ContextManagedTaskProcess):
         """A thread has none; how the task ended is on the result queue."""
         return None
 
+    def _handle_run_exception(self, ex: BaseException) -> str:
+        """Tell the task of its failure. gokart keeps the exception: without its frames, which hold the text."""
+        if isinstance(ex, TaskLockException):
+            return _LOCKED
+        ex.__traceback__ = None
+        return super()._handle_run_exception(ex)
+
+
+_LOCKED = "locked by another worker"
+
 
 class _Results(queue.SimpleQueue[Any]):
     def close(self) -> None:
@@ -80,74 +155,162 @@ class _Results(queue.SimpleQueue[Any]):
 
 
 class ThreadWorker(Worker):
-    """gokart's worker with its tasks on threads."""
+    """gokart's worker with its tasks on threads, which lays waves out as they are needed and forgets what ended."""
 
-    def __init__(self, scheduler: Scheduler, worker_processes: int, assistant: bool) -> None:
-        config = gokart_worker(no_install_shutdown_handler=True, send_failure_email=False)
+    _scheduler: "TreeScheduler"
+
+    def __init__(
+        self, scheduler: "TreeScheduler", worker_processes: int, assistant: bool, stopped: threading.Event
+    ) -> None:
+        config = gokart_worker(
+            no_install_shutdown_handler=True,
+            send_failure_email=False,
+            keep_alive=True,
+            wait_interval=POLL_SECONDS,
+            wait_jitter=0.0,
+        )
         super().__init__(scheduler=scheduler, worker_processes=worker_processes, assistant=assistant, config=config)
         self._task_result_queue = _Results()  # type: ignore[assignment]
+        self._add_task_history = self._get_work_response_history = deque(maxlen=0)  # type: ignore[assignment]
+        self._threads: queue.SimpleQueue[TaskThread | None] = queue.SimpleQueue()
+        self._stopped = stopped
+        self._waves: list[Wave] = []
+        self._laying_out = False
 
-    def _create_task_process(self, task: luigi.Task) -> TaskThread:
-        reporter = luigi.worker.TaskStatusReporter(self._scheduler, task.task_id, self._id, None)
-        return TaskThread(None, task, self._id, self._task_result_queue, reporter, use_multiprocessing=True)
+    def __enter__(self) -> "ThreadWorker":
+        """Start the threads. They are daemons: a call that hangs holds up no exit."""
+        for _ in range(self.worker_processes):
+            threading.Thread(target=self._run_tasks, name="tag", daemon=True).start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Literal[False]:
+        """Let the threads end, each with its task."""
+        for _ in range(self.worker_processes):
+            self._threads.put(None)
+        return super().__exit__(*error)
+
+    def _run_tasks(self) -> None:
+        while (task := self._threads.get()) is not None:
+            task.run()
 
     def wait(self, seconds: float) -> None:
         """Wait until the running tasks have ended, at most so long."""
         until = time.monotonic() + seconds
-        for process in list(self._running_tasks.values()):
-            process.join(max(until - time.monotonic(), 0))
+        while time.monotonic() < until and any(task.is_alive() for task in self._running_tasks.values()):
+            time.sleep(0.05)
+
+    def _add(self, task: luigi.Task, is_complete: bool) -> Generator[luigi.Task, None, None]:
+        if isinstance(task, Wave) and is_complete is False and not self._laying_out:
+            self._waves.append(task)
+        else:
+            yield from super()._add(task, is_complete)
+
+    def _add_task(self, *, task_id: str, status: str, **kwargs: Any) -> None:
+        self._scheduler.add_task(task_id=task_id, status=status, **kwargs)
+        if not self._scheduler.knows(task_id):
+            del self._scheduled_tasks[task_id]
+
+    def _get_work(self) -> Any:
+        if self._stopped.is_set():
+            self._stop_requesting_work = True
+        while self._waves and not self._stop_requesting_work and self._scheduler.runnable < self.worker_processes:
+            position = random.randrange(len(self._waves))
+            self._waves[position], self._waves[-1] = self._waves[-1], self._waves[position]
+            self._laying_out = True
+            self.add(self._waves.pop())
+            self._laying_out = False
+        return super()._get_work()
+
+    def _create_task_process(self, task: luigi.Task) -> TaskThread:
+        reporter = luigi.worker.TaskStatusReporter(self._scheduler, task.task_id, self._id, None)
+        return TaskThread(
+            self._threads,
+            task,
+            self._id,
+            self._task_result_queue,
+            reporter,
+            use_multiprocessing=True,
+            check_unfulfilled_deps=False,
+            task_completion_check_at_run=False,
+        )
+
+    def _purge_children(self) -> None:
+        """Do nothing: a thread ends with a result."""
 
 
 class TreeScheduler(Scheduler):
-    """luigi's scheduler for one worker and one tree: a random one of the runnable tasks, in constant time."""
+    """A scheduler for one worker and one tree: a random one of the runnable tasks, in constant time.
+
+    It knows the tasks that wait or run, and no others.
+    """
 
     def __init__(self) -> None:
         super().__init__(prune_on_get_work=False, record_task_history=False)
         self._runnable: list[str] = []
+        self._locked: list[tuple[float, str]] = []
         self._missing: dict[str, set[str]] = {}
-        self._wanted_by: defaultdict[str, set[str]] = defaultdict(set)
+        self._wanted_by: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add_task(self, task_id: str, status: str = PENDING, **kwargs: Any) -> None:
+    @property
+    def runnable(self) -> int:
+        """The number of tasks that may run now."""
+        return len(self._runnable)
+
+    def knows(self, task_id: str) -> bool:
+        """Return whether a task waits or runs."""
+        return task_id in self._missing
+
+    def add_task(
+        self,
+        task_id: str,
+        status: str = PENDING,
+        deps: list[str] | None = None,
+        expl: str | None = None,
+        **_: Any,
+    ) -> None:
         """Take in a task, or the end of its run."""
-        super().add_task(task_id=task_id, status=status, **kwargs)
         if status == DONE:
+            self._missing.pop(task_id, None)
             for wanting in self._wanted_by.pop(task_id, ()):
                 self._missing[wanting].discard(task_id)
                 self._offer(wanting)
-        elif status == PENDING and task_id not in self._missing:
-            deps = self._state.get_task(task_id).deps
-            self._missing[task_id] = {d for d in deps if self._state.get_task(d).status != DONE}
+        elif status == FAILED and expl is not None and _LOCKED in expl:
+            heapq.heappush(self._locked, (time.monotonic() + LOCKED_SECONDS, task_id))
+        elif status != PENDING:
+            self._missing.pop(task_id, None)
+        elif task_id not in self._missing:
+            self._missing[task_id] = set(deps or ())
             for dep in self._missing[task_id]:
-                self._wanted_by[dep].add(task_id)
+                self._wanted_by[dep].append(task_id)
             self._offer(task_id)
 
     def _offer(self, task_id: str) -> None:
         if not self._missing[task_id]:
             self._runnable.append(task_id)
 
-    def get_work(self, worker: str, **_: Any) -> dict[str, Any]:
-        """Return a runnable task, or none."""
-        reply = {"n_pending_tasks": len(self._runnable), "running_tasks": [], "n_unique_pending": 0, "task_id": None}
+    def get_work(self, **_: Any) -> dict[str, Any]:
+        """Return a runnable task, or none; and how many there are, those included whose lock is waited for."""
+        now = time.monotonic()
+        while self._locked and self._locked[0][0] <= now:
+            self._runnable.append(heapq.heappop(self._locked)[1])
+        waiting = len(self._runnable) + len(self._locked)
+        task_id = None
         if self._runnable:
             position = random.randrange(len(self._runnable))
             self._runnable[position], self._runnable[-1] = self._runnable[-1], self._runnable[position]
-            task = self._state.get_task(self._runnable.pop())
-            self._state.set_status(task, RUNNING, self._config)
-            task.worker_running = worker
-            task.resources_running = {}
-            task.time_running = time.time()
-            reply.update(task_id=task.id, task_family=task.family, task_module=task.module, task_params=task.params)
-        return reply
+            task_id = self._runnable.pop()
+        return {"task_id": task_id, "running_tasks": [], "n_pending_tasks": waiting, "n_unique_pending": 0}
 
 
 @contextmanager
-def _installed(workers: list[ThreadWorker]) -> Iterator[None]:
+def _installed(workers: list[ThreadWorker], stopped: threading.Event) -> Iterator[None]:
     class Factory(WorkerSchedulerFactory):
-        def create_local_scheduler(self) -> Scheduler:
+        def create_local_scheduler(self) -> TreeScheduler:
             return TreeScheduler()
 
-        def create_worker(self, scheduler: Scheduler, worker_processes: int, assistant: bool = False) -> ThreadWorker:
-            workers.append(ThreadWorker(scheduler, worker_processes, assistant))
+        def create_worker(self, scheduler: Any, worker_processes: int, assistant: bool = False) -> ThreadWorker:
+            workers.append(ThreadWorker(scheduler, worker_processes, assistant, stopped))
             return workers[-1]
 
     # the package attribute `gokart.build` is the function
@@ -158,6 +321,27 @@ def _installed(workers: list[ThreadWorker]) -> Iterator[None]:
         yield
     finally:
         module.WorkerSchedulerFactory = original
+
+
+class _Sigterm(BaseException):
+    """No Exception: luigi goes on after those."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt the block. Airflow's own handler lets a task go on, and Python's ends it at once."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise _Sigterm
+
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ TaggerError                the work failed (exit code 1)
 │   ├── DatasetError       a mistake in a dataset file
 │   └── Unreachable        a database, bucket or endpoint does not answer
 ├── StorageError           S3 failed in the middle of the work
+├── LockFailed             Redis failed in the middle of the work
+├── Terminated             the process was told to end (exit code 143)
 ├── RunFailed              the run ended, and its result is not acceptable
 ├── LLMStopped             the endpoint refuses every call: no further call is made
 │   └── LLMUnreachable     it did not even answer the first ones
@@ -53,6 +55,16 @@ class DatasetError(InputError):
 
 class StorageError(TaggerError):
     """S3 failed in the middle of the work."""
+
+
+class LockFailed(TaggerError):
+    """Redis failed in the middle of the work: nobody can tell who asks which text."""
+
+
+class Terminated(TaggerError):
+    """The process got SIGTERM in the middle of the work. What was answered until then is kept."""
+
+    exit_code = 143
 
 
 class RunFailed(TaggerError):

@@ -9,8 +9,9 @@ import io
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Self
 
@@ -97,8 +98,11 @@ class Ledger:
         self._price = price
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
-        self._outcomes: dict[str, Outcome] = {}
+        self._open: dict[str, Outcome] = {}
         self._usage: dict[str, Usage] = {}
+        self._ended: list[Outcome] = []
+        self._written: list[pa.Table] = []
+        self._counts: Counter[str] = Counter()
         self._started_at = utc_now()
         self.spent_usd = 0.0
         """Cost of the attempt so far; unknown costs count as nothing."""
@@ -130,7 +134,7 @@ class Ledger:
     def spend(self, key: str, row_id: str, usage: Usage) -> None:
         """Count one HTTP request for a text."""
         with self._lock:
-            outcome = self._outcomes.setdefault(key, Outcome(key, row_id))
+            outcome = self._outcome(key, row_id)
             total = self._usage.get(key, Usage()) + usage
             self._usage[key] = total
             outcome.requests += 1
@@ -141,30 +145,39 @@ class Ledger:
             self.spent_usd += cost_usd(usage, self._price) or 0.0
 
     def spent_on(self, key: str) -> tuple[Usage, float | None]:
-        """Return what a text has used and cost so far."""
+        """Return what a text that has no outcome yet has used and cost so far."""
         usage = self._usage.get(key, Usage())
         return usage, cost_usd(usage, self._price)
 
     def record(self, key: str, row_id: str, record: Record) -> None:
-        """Note a text's record."""
+        """Note a text's record. It ends the text."""
         with self._lock:
-            outcome = self._outcomes.setdefault(key, Outcome(key, row_id))
+            outcome = self._outcome(key, row_id)
             outcome.status, outcome.kind, outcome.tags = record.status, record.reason, list(record.tags)
             outcome.model, outcome.answered_at = record.model, record.created_at
+            self._end(outcome)
 
     def failed(self, key: str, row_id: str, kind: str, error: str) -> None:
-        """Note that a text got no answer."""
+        """Note that a text got no answer. It ends the text."""
         with self._lock:
-            outcome = self._outcomes.setdefault(key, Outcome(key, row_id))
+            outcome = self._outcome(key, row_id)
             outcome.status, outcome.kind, outcome.error = "failed", kind, error
+            self._end(outcome)
 
     def counts(self) -> dict[str, int]:
         """Return the number of texts by status."""
         with self._lock:
-            counts: dict[str, int] = {}
-            for outcome in self._outcomes.values():
-                counts[outcome.status] = counts.get(outcome.status, 0) + 1
-            return counts
+            asked = Counter({"asked": len(self._open)} if self._open else {})
+            return dict(self._counts + asked)
+
+    def _outcome(self, key: str, row_id: str) -> Outcome:
+        return self._open.setdefault(key, Outcome(key, row_id))
+
+    def _end(self, outcome: Outcome) -> None:
+        del self._open[outcome.key]
+        self._usage.pop(outcome.key, None)
+        self._ended.append(outcome)
+        self._counts[outcome.status] += 1
 
     def _flush_on(self) -> None:
         while not self._closing.wait(FLUSH_SECONDS):
@@ -179,7 +192,11 @@ class Ledger:
 
     def _body(self, state: str, reason: str | None) -> bytes:
         with self._lock:
-            rows = [asdict(outcome) for outcome in self._outcomes.values()]
+            ended, self._ended = self._ended, []
+            still_open = [dict(vars(outcome)) for outcome in self._open.values()]
+        if ended:
+            # once and for all, so that the cost of a write stays small however many texts have ended
+            self._written.append(pa.Table.from_pylist([vars(outcome) for outcome in ended], schema=SCHEMA))
         about = {
             "plan_id": self._plan_id,
             "state": state,
@@ -187,9 +204,9 @@ class Ledger:
             "started_at": self._started_at.isoformat(),
             "ended_at": utc_now().isoformat(),
         }
-        schema = SCHEMA.with_metadata({"tagger": json.dumps(about)})
+        table = pa.concat_tables([*self._written, pa.Table.from_pylist(still_open, schema=SCHEMA)])
         body = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), body, compression="zstd")
+        pq.write_table(table.replace_schema_metadata({"tagger": json.dumps(about)}), body, compression="zstd")
         return body.getvalue()
 
 

@@ -7,6 +7,7 @@ so that the next run asks again; an answer that would come back the same is reco
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -20,9 +21,11 @@ from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
 from tagger.prompt import BadAnswer, messages, read_answer, response_format
+from tagger.throttle import GIVE_UP_SECONDS, Throttle
 
 TRIES = 6
-"""HTTP tries of one call, with waits of 1, 2, 4, 8 and 16 s on average unless the server says otherwise."""
+"""HTTP tries of one call, with waits of 1, 2, 4, 8 and 16 s on average unless the server says otherwise. A 429 is not
+counted: it says nothing of the text, and slows the whole worker down instead."""
 
 TRIES_AT_START = 3
 """HTTP tries while nobody has ever answered: it is more likely a wrong address than a passing fault."""
@@ -31,7 +34,7 @@ TRIES_AFTER_TIMEOUT = 3
 """HTTP tries of a call that times out: the provider may charge for each."""
 
 LONGEST_WAIT = 120.0
-"""Seconds. A server that wants a longer pause than this gets the text again in the next run."""
+"""Seconds. A server that wants a longer pause than this gets the text again in the next run; with a 429, all texts."""
 
 ASKS = 3
 """How often a text is asked until its answer has the right form."""
@@ -51,15 +54,18 @@ class Answer:
     finish_reason: str
 
 
-class Stopped(Exception):
-    """No further call is to be made; the text was not asked."""
-
-
 class _Again(Exception):
     """The call may succeed later. Carries a TextFailed for the case that it does not."""
 
     def __init__(self, failed: TextFailed, wait: float | None = None) -> None:
         self.failed = failed
+        self.wait = wait
+
+
+class _SlowDown(Exception):
+    """The endpoint answered 429. `wait` is what it asks for, in seconds."""
+
+    def __init__(self, wait: float | None) -> None:
         self.wait = wait
 
 
@@ -74,18 +80,15 @@ class Client:
     is looked at: money is counted even where the answer is of no use.
     """
 
-    def __init__(self, dataset: Dataset, client: openai.OpenAI) -> None:
+    def __init__(self, dataset: Dataset, client: openai.OpenAI, throttle: Throttle) -> None:
         self._dataset = dataset
         self._client = client
+        self._throttle = throttle
         self._format = dataset.llm.params.get("response_format", response_format(dataset))
         self._params = _request_options(client, dataset.llm.params)
-        self._stop = threading.Event()
         self._answered = threading.Event()
+        self._tokens = self._calls = 0
         self.stopped_by: LLMStopped | None = None
-
-    def stop(self) -> None:
-        """Make no further call; those in flight come to their end, and waiting ones give up."""
-        self._stop.set()
 
     def close(self) -> None:
         """Close the connections to the endpoint."""
@@ -152,31 +155,57 @@ class Client:
         raise TextFailed(kind, message)
 
     def _try(self, key: str, text: str, spend: Callable[[Usage], None]) -> ChatCompletion:
-        if self._stop.is_set():
-            raise self.stopped_by or Stopped
-        error: Exception
+        prompt = messages(self._dataset, key, text)
+        while True:
+            tokens = self._expected_tokens(prompt)
+            if self.stopped_by is not None:
+                raise self.stopped_by
+            with self._throttle.call(tokens) as started:
+                result = self._request(prompt)
+            if isinstance(result, ChatCompletion):
+                usage = _usage(result)
+                spend(usage)
+                self._throttle.answered(usage.input + usage.output - tokens)
+                self._tokens, self._calls = self._tokens + usage.input + usage.output, self._calls + 1
+                return result
+            spend(Usage())
+            if not isinstance(result, _SlowDown):
+                raise result
+            if result.wait is not None and result.wait > LONGEST_WAIT:
+                raise self._refused(f"{self._endpoint()} is over its rate and asks for a pause of {result.wait:.0f} s")
+            if not self._throttle.slow_down(started, result.wait):
+                minutes = GIVE_UP_SECONDS / 60
+                raise self._refused(f"{self._endpoint()} has answered HTTP 429 to every call for {minutes:.0f} minutes")
+
+    def _request(self, prompt: list[dict[str, str]]) -> ChatCompletion | Exception:
+        """Make one HTTP request; return the error that it ends with.
+
+        No error of the SDK leaves it, not even as the context of one of ours: it may quote the text.
+        """
         try:
             completion = self._client.chat.completions.create(
                 model=self._dataset.llm.model,
-                messages=messages(self._dataset, key, text),  # type: ignore[arg-type]
+                messages=prompt,  # type: ignore[arg-type]
                 response_format=self._format,
                 **self._params,
             )
         except openai.APIStatusError as e:
-            error = self._error_of(e)
+            return self._error_of(e)
         except openai.APITimeoutError:
-            error = _Again(TextFailed("timeout", "no answer in time"))
+            return _Again(TextFailed("timeout", "no answer in time"))
         except openai.APIConnectionError as e:
-            error = _Again(TextFailed("connection", f"the connection failed ({type(e.__cause__ or e).__name__})"))
+            return _Again(TextFailed("connection", f"the connection failed ({type(e.__cause__ or e).__name__})"))
         except (openai.APIResponseValidationError, ValueError):  # no JSON, or a text that cannot be encoded
-            error = TextFailed("bad_response", "the server's answer is no chat completion")
-        else:
-            if isinstance(completion, ChatCompletion):
-                spend(_usage(completion))
-                return completion
-            error = TextFailed("bad_response", "the server's answer is no chat completion")
-        spend(Usage())
-        raise error  # out here, so that no error of the SDK, which may quote the text, is its context
+            return TextFailed("bad_response", "the server's answer is no chat completion")
+        if isinstance(completion, ChatCompletion):
+            return completion
+        return TextFailed("bad_response", "the server's answer is no chat completion")
+
+    def _expected_tokens(self, prompt: list[dict[str, str]]) -> float:
+        """Return what a call will take: the mean of those before, or for the first ones a guess by their length."""
+        if self._calls:
+            return self._tokens / self._calls
+        return 50 + sum(len(message["content"].encode(errors="replace")) for message in prompt) / 3
 
     def _error_of(self, error: openai.APIStatusError) -> Exception:
         """Return what an HTTP error means for this text, or for all of them. The server's words are not kept."""
@@ -191,9 +220,10 @@ class Client:
             )
         if status == 429 and ("insufficient_quota" in words or "billing" in words):
             return self._refused(f"{self._endpoint()}: the account's quota is exhausted (HTTP 429{_paren(code)})")
-        if status in (408, 409, 429) or status >= 500:
-            kind = "rate_limited" if status == 429 else "server_error"
-            return _Again(TextFailed(kind, f"HTTP {status} after {TRIES} tries"), _retry_after(error))
+        if status == 429:
+            return _SlowDown(_retry_after(error))
+        if status in (408, 409) or status >= 500:
+            return _Again(TextFailed("server_error", f"HTTP {status} after {TRIES} tries"), _retry_after(error))
         if status in (400, 413, 422):
             if status == 413 or any(w in words for w in ("context_length", "maximum context", "context size")):
                 return _Refusal("context_length")
@@ -218,7 +248,7 @@ class Client:
     def _refused(self, message: str, error: type[LLMStopped] = LLMStopped) -> LLMStopped:
         if self.stopped_by is None:
             self.stopped_by = error(message, at_start=not self._answered.is_set())
-        self._stop.set()
+        self._throttle.stop()
         return self.stopped_by
 
     def _endpoint(self) -> str:
@@ -232,7 +262,7 @@ class Client:
         return state.attempt_number >= (TRIES_AFTER_TIMEOUT if kind == "timeout" else TRIES)
 
     def _sleep(self, seconds: float) -> None:
-        self._stop.wait(seconds)
+        self._throttle.stopped.wait(seconds)
 
 
 def _wait(state: RetryCallState) -> float:
@@ -247,7 +277,6 @@ def _wait(state: RetryCallState) -> float:
 def _retry_after(error: openai.APIStatusError) -> float | None:
     """Return the seconds of a `Retry-After` header, given as seconds or as a date."""
     from email.utils import parsedate_to_datetime
-    from time import time
 
     value = error.response.headers.get("retry-after")
     if value is None:
@@ -257,7 +286,7 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
     except ValueError:
         pass
     try:
-        return max(parsedate_to_datetime(value).timestamp() - time(), 0.0)
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError):
         return None
 

@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,9 @@ from tagger.runs import IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read
 from tagger.tables import connecting, existing_target, new_target, only_writer
 
 logger = logging.getLogger(__name__)
+
+RECORDS_A_READ = 5000
+"""Cached records fetched before their rows are updated: what bounds the memory of a target that is filled anew."""
 
 GOOD = ("tagged", "refused")
 """Statuses that are an answer to the present text."""
@@ -184,24 +188,25 @@ class Loading:
             )
         )
         with self._connection.begin():
-            wanted = {str(key): str(row_id) for key, row_id in self._connection.execute(query)}
-        records = cache.read_many(wanted)  # no transaction is open while S3 is read
-        values: list[dict[str, Any]] = []
-        for key in wanted:
-            record = records.get(key)
-            status, error = ("failed", DAMAGED) if record is None else (record.status, record.reason)
-            found = {"wanted": key, "new_status": status, "new_answered": record is not None}
-            values.append({**found, **_values(record, error)})
-        if values:
-            update = (
-                stage.update()
-                .where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
-                .values(status=sa.bindparam("new_status"), answered=sa.bindparam("new_answered"))
-                .values({name: sa.bindparam(name) for name in ("error", "tags", "model", "tagged_at")})
-            )
+            wanted = iter([(str(key), str(row_id)) for key, row_id in self._connection.execute(query)])
+        update = (
+            stage.update()
+            .where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
+            .values(status=sa.bindparam("new_status"), answered=sa.bindparam("new_answered"))
+            .values({name: sa.bindparam(name) for name in ("error", "tags", "model", "tagged_at")})
+        )
+        damaged: list[str] = []
+        while rows := dict(islice(wanted, RECORDS_A_READ)):
+            records = cache.read_many(rows)  # no transaction is open while S3 is read
+            values: list[dict[str, Any]] = []
+            for key in rows:
+                record = records.get(key)
+                status, error = ("failed", DAMAGED) if record is None else (record.status, record.reason)
+                found = {"wanted": key, "new_status": status, "new_answered": record is not None}
+                values.append({**found, **_values(record, error)})
             with self._connection.begin():
                 self._connection.execute(update, values)
-        damaged = [row_id for key, row_id in wanted.items() if key not in records]
+            damaged += [row_id for key, row_id in rows.items() if key not in records]
         return len(damaged), next(iter(damaged), None)
 
     def write(self) -> int:

@@ -1,14 +1,14 @@
 """The plan step: which of the snapshot's texts are new, spread over shards for the tag step."""
 
 import logging
-import random
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from itertools import cycle
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import sqlalchemy as sa
 
 from tagger.cache import Cache
@@ -17,12 +17,15 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.price import price_of
 from tagger.runs import (
+    WAVE_CHARS,
+    WAVE_TEXTS,
+    ParquetFile,
     Plan,
     Run,
     Shard,
     Snapshot,
     new_keys_path,
-    read_parquet,
+    opened_parquet,
     rows_path,
     shard_path,
     utc_now,
@@ -37,13 +40,21 @@ NEW_KEYS_SCHEMA = pa.schema([("key", pa.string())])
 SHARD_SCHEMA = pa.schema([("key", pa.string()), ("row_id", pa.string()), ("text", pa.string())])
 
 
-class Row(NamedTuple):
-    """A row of the snapshot: its id, its text, and the text's key (None where the text is blank)."""
+WITHOUT_LOCK = "without `lock`, two runs or machines that ask the same text at the same time may both pay for it"
 
-    id: Any
-    text: str
-    key: str | None
-    too_long: bool
+BUFFERED_CHARS = 64_000_000
+"""Of the waves of all shards that are being filled: what bounds the memory where texts are long."""
+
+
+@dataclass
+class Texts:
+    """What the snapshot holds: rows by kind, and the keys of its distinct texts."""
+
+    rows: int = 0
+    blank: int = 0
+    keys: set[str] = field(default_factory=set)
+    too_long: dict[str, str] = field(default_factory=dict)
+    """Keys of the texts that are too long in all their rows, with one of these."""
 
 
 def plan(run: Run, connections: Connections) -> Plan:
@@ -57,35 +68,25 @@ def plan(run: Run, connections: Connections) -> Plan:
     _check_budget(dataset)
     run.forget("plan.json", "load.json", "summary.json")
     plan_id, spec = uuid.uuid4().hex[:8], spec_id(dataset)
-    rows = blank = 0
-    keys: set[str] = set()
-    too_long: dict[str, str] = {}
-    with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
-        for batch in _rows(run, taken, dataset, spec):
-            parquet.write({name: [getattr(row, name) for row in batch] for name in ("id", "key", "too_long")})
-            blank += sum(row.key is None for row in batch)
-            rows += sum(row.key is not None for row in batch)
-            keys.update(row.key for row in batch if row.key is not None and not row.too_long)
-            too_long.update((row.key, str(row.id)) for row in batch if row.key is not None and row.too_long)
-    # a text may be too long in one row and, with less white space around it, short enough in another
-    too_long = {key: row_id for key, row_id in too_long.items() if key not in keys}
-    cache = Cache(run.storage, spec, dataset.llm.model)
-    cached = cache.find(keys)
-    new = keys - cached
-    with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
-        parquet.write({"key": list(new)})
-    shards = _write_shards(run, taken, dataset, spec, plan_id, new)
+    with opened_parquet(run.storage, taken.rows_file) as snapshot:
+        with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
+            texts = _write_rows(snapshot, parquet, spec, dataset.source.max_chars)
+        new = Cache(run.storage, spec, dataset.llm.model).missing(texts.keys)
+        with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
+            parquet.write({"key": list(new)})
+        cached = len(texts.keys) - len(new)
+        shards = _write_shards(run, snapshot, dataset, plan_id, new) if new else []
     target_rows, older_rows, older_texts = _target_state(dataset, taken, spec, connections)
     planned = Plan(
         plan_id=plan_id,
         spec_id=spec,
-        rows=rows,
-        blank=blank,
-        texts=len(keys) + len(too_long),
-        cached=len(cached),
-        too_long=len(too_long),
-        too_long_row=next(iter(too_long.values()), None),
-        new=len(new),
+        rows=texts.rows,
+        blank=texts.blank,
+        texts=len(texts.keys) + len(texts.too_long),
+        cached=cached,
+        too_long=len(texts.too_long),
+        too_long_row=next(iter(texts.too_long.values()), None),
+        new=len(texts.keys) - cached,
         shards=shards,
         target_rows=target_rows,
         older_spec_rows=older_rows,
@@ -113,18 +114,16 @@ def describe(planned: Plan, dataset: Dataset, *, takes_all: bool) -> list[str]:
             f"{planned.older_spec_rows} of {planned.target_rows} rows of the target hold another spec; "
             + ("this run takes them all" if takes_all else "`--all` (`rows: all`) would tag them all again")
         )
+    if planned.new and dataset.lock is None:
+        lines.append(WITHOUT_LOCK)
     return lines + not_in_force(dataset)
 
 
 def not_in_force(dataset: Dataset) -> list[str]:
     """Return what the dataset file asks for and this version does not do."""
-    asked = {
-        "lock": dataset.lock is not None,
-        "llm.requests_per_minute": dataset.llm.requests_per_minute is not None,
-        "llm.tokens_per_minute": dataset.llm.tokens_per_minute is not None,
-        "alerts": bool(dataset.alerts.to) or dataset.alerts.deadline is not None,
-    }
-    return [f"`{key}` is set, but not in force in this version" for key, is_set in asked.items() if is_set]
+    if dataset.alerts.to or dataset.alerts.deadline is not None:
+        return ["`alerts` is set, but not in force in this version"]
+    return []
 
 
 def _check_budget(dataset: Dataset) -> None:
@@ -142,45 +141,80 @@ def _rows_schema(taken: Snapshot) -> pa.Schema:
     return pa.schema([("id", ids), ("key", pa.string()), ("too_long", pa.bool_())])
 
 
-def _rows(run: Run, taken: Snapshot, dataset: Dataset, spec: str) -> Iterator[list[Row]]:
-    for batch in read_parquet(run.storage, taken.rows_file):
-        rows = []
-        for row_id, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-            normalised = normalise(text)
-            key = text_key(spec, normalised) if normalised else None
-            rows.append(Row(row_id, text, key, key is not None and len(text) > dataset.source.max_chars))
-        yield rows
+def _write_rows(snapshot: pq.ParquetFile, parquet: ParquetFile, spec: str, max_chars: int) -> Texts:
+    """Write the snapshot's ids and keys, a row group for each of its own, and return what it holds."""
+    texts = Texts()
+    for group in range(snapshot.num_row_groups):
+        rows = snapshot.read_row_group(group)
+        ids, bodies = rows.column("id"), rows.column("text").to_pylist()
+        keys = [text_key(spec, normalised) if (normalised := normalise(text)) else None for text in bodies]
+        too_long = [key is not None and len(text) > max_chars for key, text in zip(keys, bodies, strict=True)]
+        parquet.write({"id": ids, "key": keys, "too_long": too_long})
+        blank = keys.count(None)
+        texts.blank += blank
+        texts.rows += len(keys) - blank
+        texts.keys.update(key for key, long in zip(keys, too_long, strict=True) if key is not None and not long)
+        if any(too_long):
+            texts.too_long.update(
+                (key, str(row_id))
+                for row_id, key, long in zip(ids.to_pylist(), keys, too_long, strict=True)
+                if key is not None and long
+            )
+    # a text may be too long in one row and, with less white space around it, short enough in another
+    texts.too_long = {key: row_id for key, row_id in texts.too_long.items() if key not in texts.keys}
+    return texts
 
 
-def _write_shards(run: Run, taken: Snapshot, dataset: Dataset, spec: str, plan_id: str, new: set[str]) -> list[Shard]:
-    """Spread the new texts over the shards, at random, and write each shard's texts into the snapshot's folder."""
-    if not new:
-        return []
+class ShardFile:
+    """A shard's file while it is written: a row group for each wave of texts."""
+
+    def __init__(self, parquet: ParquetFile, wave_chars: int) -> None:
+        self._parquet = parquet
+        self._wave_chars = wave_chars
+        self._wave: list[tuple[str, str, str]] = []
+        self._chars = 0
+        self.texts = 0
+
+    def add(self, key: str, row_id: str, text: str) -> None:
+        """Add a text."""
+        if len(self._wave) == WAVE_TEXTS or self._chars + len(text) > self._wave_chars:
+            self.end_wave()
+        self._wave.append((key, row_id, text))
+        self._chars += len(text)
+        self.texts += 1
+
+    def end_wave(self) -> None:
+        """Write what was added since the last wave."""
+        if self._wave:
+            columns = zip(*self._wave, strict=True)
+            self._parquet.write(dict(zip(SHARD_SCHEMA.names, map(list, columns), strict=True)))
+        self._wave, self._chars = [], 0
+
+
+def _write_shards(run: Run, snapshot: pq.ParquetFile, dataset: Dataset, plan_id: str, new: set[str]) -> list[Shard]:
+    """Deal the new texts out to the shards in the order of their first rows, and take them out of `new`."""
     count = min(dataset.shards.max, -(-len(new) // dataset.shards.texts_per_shard))
-    shuffled = list(new)
-    random.shuffle(shuffled)
-    shard_of = {key: i % count for i, key in enumerate(shuffled)}
+    wave_chars = min(WAVE_CHARS, BUFFERED_CHARS // count)
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(writing_parquet(run.storage, shard_path(run, plan_id, i + 1), SHARD_SCHEMA))
-            for i in range(count)
-        ]
-        sizes = [0] * count
-        for batch in _rows(run, taken, dataset, spec):
-            parts: dict[int, list[Row]] = {}
-            for row in batch:
-                if row.key is not None and (shard := shard_of.pop(row.key, None)) is not None:
-                    parts.setdefault(shard, []).append(row)
-            for shard, rows in parts.items():
-                sizes[shard] += len(rows)
-                files[shard].write(
-                    {
-                        "key": [row.key for row in rows],
-                        "row_id": [str(row.id) for row in rows],
-                        "text": [row.text for row in rows],
-                    }
-                )
-    return [Shard(shard=i + 1, of=count, texts=size) for i, size in enumerate(sizes)]
+        rows = stack.enter_context(opened_parquet(run.storage, rows_path(run, plan_id)))
+        paths = [shard_path(run, plan_id, i + 1) for i in range(count)]
+        parquets = [stack.enter_context(writing_parquet(run.storage, path, SHARD_SCHEMA)) for path in paths]
+        files = [ShardFile(parquet, wave_chars) for parquet in parquets]
+        turn = cycle(files)
+        for group in range(snapshot.num_row_groups):
+            known = rows.read_row_group(group, ["key", "too_long"]).to_pydict()
+            picked = []
+            for i, (key, long) in enumerate(zip(known["key"], known["too_long"], strict=True)):
+                if key in new and not long:
+                    new.remove(key)
+                    picked.append(i)
+            if picked:
+                found = snapshot.read_row_group(group).take(picked).to_pydict()
+                for i, row_id, text in zip(picked, found["id"], found["text"], strict=True):
+                    next(turn).add(known["key"][i], str(row_id), text)
+        for file in files:
+            file.end_wave()
+    return [Shard(shard=i + 1, of=count, texts=file.texts) for i, file in enumerate(files)]
 
 
 def _target_state(dataset: Dataset, taken: Snapshot, spec: str, connections: Connections) -> tuple[int, int, int]:

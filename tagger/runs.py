@@ -10,10 +10,10 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,10 @@ from tagger.window import Selection
 
 RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 """Airflow's pattern (`allowed_run_id_pattern`)."""
+
+WAVE_TEXTS = 250
+WAVE_CHARS = 8_000_000
+"""A row group of a shard's file is a wave, which the tag step takes at a time: it holds no more, or one longer text."""
 
 IdType = Literal["integer", "text", "uuid"]
 
@@ -202,7 +206,7 @@ def new_keys_path(run: Run, plan_id: str) -> str:
 
 
 def shard_path(run: Run, plan_id: str, shard: int) -> str:
-    """Return the path of a shard's texts; it lies in the snapshot's folder, for it holds texts."""
+    """Return the path of a shard's texts, in waves; it lies in the snapshot's folder, for it holds texts."""
     return f"{run.texts}shard-{plan_id}-{shard}.parquet"
 
 
@@ -213,8 +217,8 @@ class ParquetFile:
         self._writer = pq.ParquetWriter(file, schema, compression="zstd")
         self._schema = schema
 
-    def write(self, columns: dict[str, list[object]]) -> None:
-        """Write one batch of rows, given by column."""
+    def write(self, columns: dict[str, Any]) -> None:
+        """Write one batch of rows, given by column as lists or Arrow arrays, as one row group."""
         self._writer.write_table(pa.table(columns, schema=self._schema))
 
     def close(self) -> None:
@@ -225,7 +229,8 @@ class ParquetFile:
 @contextmanager
 def writing_parquet(storage: Storage, path: str, schema: pa.Schema) -> Iterator[ParquetFile]:
     """Write a Parquet object in bounded memory; it appears when the block ends without an error, whole."""
-    with _temporary_file() as file:
+    with _disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
+        file = Path(folder, "file")
         parquet = ParquetFile(file, schema)
         try:
             yield parquet
@@ -234,23 +239,36 @@ def writing_parquet(storage: Storage, path: str, schema: pa.Schema) -> Iterator[
         storage.upload(path, file)
 
 
-def read_parquet(storage: Storage, path: str, batch_size: int = 5000) -> Iterator[pa.RecordBatch]:
-    """Yield a Parquet object's rows in batches, in bounded memory."""
-    with _temporary_file() as file:
-        storage.download(path, file)
+@contextmanager
+def opened_parquet(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
+    """Download a Parquet object and yield it opened, to be read in parts.
+
+    Raises:
+        StorageError: the object is missing or damaged, which may also show in the block.
+    """
+    with ExitStack() as stack:
+        with _disk_errors():
+            file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagger-")), "file")
+            storage.download(path, file)
         try:
-            with pq.ParquetFile(file) as parquet:
-                yield from parquet.iter_batches(batch_size=batch_size)
-        except (pa.ArrowException, OSError):
+            yield stack.enter_context(pq.ParquetFile(file))
+        except (pa.ArrowException, OSError) as e:
+            if isinstance(e, OSError) and (type(e) is not OSError or e.errno is not None):
+                raise  # Arrow's have no number: this is the block's own
             raise StorageError(f"{storage.url}/{path}: damaged: run its step again") from None
 
 
+def read_parquet(storage: Storage, path: str, batch_size: int = 5000) -> Iterator[pa.RecordBatch]:
+    """Yield a Parquet object's rows in batches, in bounded memory."""
+    with opened_parquet(storage, path) as parquet:
+        yield from parquet.iter_batches(batch_size=batch_size)
+
+
 @contextmanager
-def _temporary_file() -> Iterator[Path]:
-    """Yield the path of a temporary file. A full disk is one clear error."""
+def _disk_errors() -> Iterator[None]:
+    """Make a full disk one clear error."""
     try:
-        with tempfile.TemporaryDirectory(prefix="tagger-") as folder:
-            yield Path(folder, "file")
+        yield
     except OSError as e:
         raise StorageError(f"temporary files in {tempfile.gettempdir()}: {e.strerror or type(e).__name__}") from None
 

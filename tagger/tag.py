@@ -2,23 +2,29 @@
 
 import logging
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import TYPE_CHECKING, Any
 
-from tagger.cache import Cache, Record
-from tagger.connections import Connections, openai_client
+import pyarrow.parquet as pq
+from redis.exceptions import LockError, RedisError
+
+from tagger.cache import Cache, Record, Usage
+from tagger.connections import Connections, openai_client, redis_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError, TextFailed
 from tagger.ledger import Ledger, latest_outcomes, read_attempts
-from tagger.llm import Client, Stopped
+from tagger.llm import Client
+from tagger.lock import RunLocks
 from tagger.price import price_of
-from tagger.runs import Plan, Run, Shard, read_parquet, shard_path, utc_now
+from tagger.progress import showing
+from tagger.runs import Run, Shard, opened_parquet, shard_path, utc_now
+from tagger.throttle import LocalRates, Rates, RedisRates, Stopped, Throttle
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_SECONDS = 10.0
 
 FAILURES_LOGGED = 20
 """Lines per shard; all failures are in the shard file."""
@@ -27,28 +33,63 @@ BUDGET_REACHED = "budget reached"
 """How the reason of a shard starts that stopped at `limits.max_cost_usd`."""
 
 
-@dataclass
 class ShardTexts:
-    """The new texts of a shard by key, and the id of a row that has it."""
+    """The new texts of a shard, read wave by wave; and the ids of rows that have them, while they are worked on."""
 
-    texts: dict[str, str] = field(default_factory=dict, repr=False)
-    row_ids: dict[str, str] = field(default_factory=dict)
+    def __init__(self, file: pq.ParquetFile, cache: Cache) -> None:
+        self._file = file
+        self._cache = cache
+        self.waves: int = file.num_row_groups
+        self.row_ids: dict[str, str] = {}
+
+    def keys(self, wave: int) -> list[str]:
+        """Return the keys of a wave's texts."""
+        keys: list[str] = self._file.read_row_group(wave, columns=["key"]).column("key").to_pylist()
+        return keys
+
+    def unanswered(self, wave: int) -> Mapping[str, str]:
+        """Return those texts of a wave, by key, that have no record yet."""
+        table = self._file.read_row_group(wave)
+        texts = {}
+        columns = (table.column(name).to_pylist() for name in ("key", "row_id", "text"))
+        for key, row_id, text in zip(*columns, strict=True):
+            if not self._cache.complete(key):
+                texts[key] = text
+                self.row_ids[key] = row_id
+        return texts
 
 
 class ShardAsker:
     """What the tasks of one shard share: the cache, the client, the books and the budget (USD, None for no limit)."""
 
     def __init__(
-        self, cache: Cache, client: Client, ledger: Ledger, row_ids: dict[str, str], budget: float | None
+        self,
+        cache: Cache,
+        client: Client,
+        throttle: Throttle,
+        ledger: Ledger,
+        row_ids: dict[str, str],
+        *,
+        budget: float | None,
+        locks: RunLocks | None,
+        recheck: bool,
     ) -> None:
         self.cache = cache
+        self.lock: Mapping[str, Any] = locks.parameters if locks else {}
+        self._locks = locks
         self._client = client
+        self._throttle = throttle
         self._ledger = ledger
         self._row_ids = row_ids
         self._budget = budget
+        self._recheck = recheck
+        self._mutex = threading.Lock()
         self.failures = 0
-        self._lock = threading.Lock()
         self.stopped_by: TaggerError | None = None
+
+    def found(self, key: str) -> Record | None:
+        """Return the record that another worker, or an attempt that was killed, wrote since the plan."""
+        return self.cache.read(key) if self._recheck and self.cache.exists(key) else None
 
     def ask(self, key: str, text: str) -> Record:
         """Ask the LLM for a text's tags and return the record to write.
@@ -57,10 +98,14 @@ class ShardAsker:
             TextFailed: there is no usable answer.
             LLMStopped, Stopped: no more texts are asked.
         """
-        if self._budget is not None and self._ledger.spent_usd >= self._budget:
-            self._stop(RunFailed(f"{BUDGET_REACHED}: this shard's share of `limits.max_cost_usd` is spent"))
         row_id = self._row_ids[key]
-        answer = self._client.ask(key, text, lambda usage: self._ledger.spend(key, row_id, usage))
+
+        def spend(usage: Usage) -> None:
+            self._ledger.spend(key, row_id, usage)
+            if self._budget is not None and self._ledger.spent_usd >= self._budget:
+                self._stop(budget_reached())
+
+        answer = self._client.ask(key, text, spend)
         usage, cost = self._ledger.spent_on(key)
         return Record(
             status="refused" if answer.reason else "tagged",
@@ -73,16 +118,24 @@ class ShardAsker:
             created_at=utc_now(),
         )
 
+    def writing(self) -> AbstractContextManager[None]:
+        """Count an answer as not yet written while the block runs."""
+        return self._throttle.writing()
+
     def done(self, key: str, record: Record) -> None:
         """Note that a text's record is written."""
-        self._ledger.record(key, self._row_ids[key], record)
+        self._ledger.record(key, self._row_ids.pop(key), record)
 
     def failed(self, key: str, error: BaseException) -> None:
         """Note that a text's task failed. What would fail for the other texts too stops the shard."""
-        row_id = self._row_ids[key]
+        if self.cache.complete(key):  # only its lock could not be freed
+            return
+        if isinstance(error, LockError) and error.__context__ is not None:  # that came on top
+            error = error.__context__
+        row_id = self._row_ids.pop(key)
         if isinstance(error, TextFailed):
             self._ledger.failed(key, row_id, error.kind, str(error))
-            with self._lock:
+            with self._mutex:
                 self.failures += 1
                 failures = self.failures
             if failures <= FAILURES_LOGGED:
@@ -91,6 +144,8 @@ class ShardAsker:
                 logger.warning("further failures are not logged; the shard file has them all")
         elif isinstance(error, LLMStopped):
             self._stop(error)
+        elif isinstance(error, RedisError) and self._locks is not None:
+            self._stop(self._locks.failure(error))
         elif not isinstance(error, Stopped):
             # The answer may be paid for and not written. Its tags are in nobody's hands: ask no further.
             self._ledger.failed(key, row_id, "storage", "the answer could not be written")
@@ -99,17 +154,24 @@ class ShardAsker:
 
     def _stop(self, error: TaggerError) -> None:
         self.stopped_by = self.stopped_by or error
-        self._client.stop()
+        self._throttle.stop()
 
 
-def tag(run: Run, number: int, connections: Connections) -> dict[str, int]:
+def budget_reached() -> RunFailed:
+    """Return the error of a shard that has spent its part of the budget."""
+    return RunFailed(f"{BUDGET_REACHED}: this shard's share of `limits.max_cost_usd` is spent")
+
+
+def tag(run: Run, number: int, connections: Connections, *, alone: bool = False) -> dict[str, int]:
     """Tag the texts of a shard, those that an earlier attempt answered aside; return the texts by status.
 
-    Texts that fail do not fail the step.
+    Texts that fail do not fail the step. `alone` tells that the run's shards go one after the other, so that each has
+    the whole rate of the run.
 
     Raises:
-        InputError: there is no such run or shard.
+        InputError: there is no such run or shard, or Redis, which `lock` asks for, does not answer.
         LLMStopped: the endpoint refuses every call.
+        LockFailed: Redis went away in between.
         RunFailed: the shard's share of the budget is spent.
         StorageError: answers can no longer be written.
     """
@@ -117,84 +179,67 @@ def tag(run: Run, number: int, connections: Connections) -> dict[str, int]:
     if not 1 <= number <= len(plan.shards):
         raise InputError(f"run `{run.run_id}` has {len(plan.shards)} shards, no shard {number}")
     shard = plan.shards[number - 1]
-    client = Client(dataset, openai_client(dataset.llm.conn_id, connections))
+    redis = redis_client(dataset.lock.conn_id, connections) if dataset.lock else None
+    locks = RunLocks(redis, dataset.lock.conn_id) if redis and dataset.lock else None
+    throttle = Throttle(dataset.llm.concurrency, _rates(run, dataset, 1 if alone else len(plan.shards), redis))
+    client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
     earlier = read_attempts(run, number)
     answered = {key for key, o in latest_outcomes(earlier).items() if o.status in ("tagged", "refused")}
-    spent = sum(o.cost_usd or 0.0 for attempt in earlier for o in attempt.outcomes)
-    shard_texts = _read_texts(run, plan, number, answered)
     cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
-    with Ledger(run, plan.plan_id, number, price_of(dataset.llm)) as ledger:
-        if earlier:
-            _skip_answered(cache, ledger, shard_texts)
-        budget = None
-        if dataset.limits.max_cost_usd is not None:
-            budget = dataset.limits.max_cost_usd / len(plan.shards) - spent
-        asker = ShardAsker(cache, client, ledger, shard_texts.row_ids, budget)
-        with closing(client), _progress(shard, ledger, len(answered)):
-            _build(dataset, shard, shard_texts, asker, client)
+    cache.assume(answered)
+    budget = None
+    if dataset.limits.max_cost_usd is not None:
+        spent = sum(o.cost_usd or 0.0 for attempt in earlier for o in attempt.outcomes)
+        budget = dataset.limits.max_cost_usd / len(plan.shards) - spent
+    with (
+        closing(client),
+        opened_parquet(run.storage, shard_path(run, plan.plan_id, number)) as file,
+        Ledger(run, plan.plan_id, number, price_of(dataset.llm)) as ledger,
+    ):
+        texts = ShardTexts(file, cache)
+        asker = ShardAsker(
+            cache,
+            client,
+            throttle,
+            ledger,
+            texts.row_ids,
+            budget=budget,
+            locks=locks,
+            recheck=bool(earlier) or locks is not None,
+        )
+        if len(answered) < shard.texts:
+            if budget is not None and budget <= 0:
+                raise budget_reached()
+            with showing(shard, ledger, len(answered)):
+                _build(dataset, shard, texts, asker, throttle, locks)
         counts = ledger.counts()
     logger.info("%s: %s", shard.name, ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing to do")
     return counts
 
 
-def _read_texts(run: Run, plan: Plan, number: int, answered: set[str]) -> ShardTexts:
-    shard_texts = ShardTexts()
-    for batch in read_parquet(run.storage, shard_path(run, plan.plan_id, number)):
-        columns = (batch.column(name).to_pylist() for name in ("key", "row_id", "text"))
-        for key, row_id, text in zip(*columns, strict=True):
-            if key not in answered:
-                shard_texts.texts[key] = text
-                shard_texts.row_ids[key] = row_id
-    return shard_texts
+def _rates(run: Run, dataset: Dataset, shards: int, redis: "Redis | None") -> Rates | None:
+    """Return the run's rates: shared through Redis, or this shard's part of them."""
+    requests, tokens = dataset.llm.requests_per_minute, dataset.llm.tokens_per_minute
+    if requests is None and tokens is None:
+        return None
+    if redis is not None:
+        return RedisRates(redis, f"{dataset.dataset}:{run.run_id}", requests, tokens)
+    return LocalRates(requests and requests / shards, tokens and tokens / shards)
 
 
-def _skip_answered(cache: Cache, ledger: Ledger, shard_texts: ShardTexts) -> None:
-    """Take out what a killed attempt wrote to the cache after it last wrote its books."""
-    for key, record in cache.read_many(shard_texts.texts).items():
-        ledger.record(key, shard_texts.row_ids[key], record)
-        del shard_texts.texts[key]
-
-
-def _build(dataset: Dataset, shard: Shard, shard_texts: ShardTexts, asker: ShardAsker, client: Client) -> None:
-    if not shard_texts.texts:
-        return
+def _build(
+    dataset: Dataset, shard: Shard, texts: ShardTexts, asker: ShardAsker, throttle: Throttle, locks: RunLocks | None
+) -> None:
     # gokart and pandas take seconds to import: not where a command only prints an error
     from tagger.engine import build
     from tagger.tasks import TagTexts
 
-    tree = TagTexts(shard=f"shard-{shard.shard}-of-{shard.of}", texts=shard_texts.texts, asker=asker)
-    complete = build(tree, threads=min(dataset.llm.concurrency, len(shard_texts.texts)), stop=client.stop)
+    tree = TagTexts(shard=f"shard-{shard.shard}-of-{shard.of}", texts=texts, asker=asker)
+    # as many again as calls may be in flight: they write answers, or wait for their turn
+    threads = min(2 * dataset.llm.concurrency, shard.texts)
+    with locks.held() if locks else nullcontext():
+        complete = build(tree, threads=threads, stopped=throttle.stopped)
     if asker.stopped_by is not None:
         raise asker.stopped_by
     if not complete and not asker.failures:
         raise TaggerError(f"{shard.name}: the tree ended before all texts were asked")
-
-
-@contextmanager
-def _progress(shard: Shard, ledger: Ledger, before: int) -> Iterator[None]:
-    """Log a line every few seconds while the block runs."""
-    ended = threading.Event()
-    started = time.monotonic()
-
-    def report() -> None:
-        while not ended.wait(PROGRESS_SECONDS):
-            counts = ledger.counts()
-            done = sum(counts.get(status, 0) for status in ("tagged", "refused", "failed"))
-            logger.info(
-                "shard %d/%d: %d of %d texts, %d failed, %.1f texts/s, $%.4f",
-                shard.shard,
-                shard.of,
-                before + done,
-                shard.texts,
-                counts.get("failed", 0),
-                done / (time.monotonic() - started),
-                ledger.spent_usd,
-            )
-
-    thread = threading.Thread(target=report, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

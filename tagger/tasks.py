@@ -1,9 +1,12 @@
 """The tree: one text is one gokart task, and its output in S3 is the record that the text is done.
 
 TagTexts                   one shard of new texts
-└── TagWithLLM ...         one text each; output: <storage>/cache/<spec_id>/<key[:2]>/tag_<key>.json
+└── TagWave ...            a few hundred of them, laid out when their turn comes
+    └── TagWithLLM ...     one text each; output: <storage>/cache/<spec_id>/<key[:2]>/tag_<key>.json
 """
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -15,6 +18,7 @@ from gokart.utils import FlattenableItems
 from luigi.parameter import ParameterVisibility
 
 from tagger.cache import Cache, Record
+from tagger.engine import Leaf, Wave
 
 
 class Private(luigi.Parameter[Any]):
@@ -66,13 +70,37 @@ class RecordTarget(TargetOnKart):
         return make_task_lock_params(file_path=self._path(), unique_id=None)
 
 
+class Texts(Protocol):
+    """The new texts of a shard, in waves."""
+
+    waves: int
+
+    def keys(self, wave: int) -> Iterable[str]:
+        """Return the keys of a wave's texts."""
+        ...
+
+    def unanswered(self, wave: int) -> Mapping[str, str]:
+        """Return those texts of a wave, by key, that have no record yet."""
+        ...
+
+
 class Asker(Protocol):
     """What the tasks of a shard share: the cache, and the way to ask."""
 
     cache: Cache
+    lock: Mapping[str, Any]
+    """gokart's parameters of a run-lock; empty where there is none."""
+
+    def found(self, key: str) -> Record | None:
+        """Return the record that somebody else wrote since the plan, if that can be."""
+        ...
 
     def ask(self, key: str, text: str) -> Record:
         """Ask the LLM for a text's tags."""
+        ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Count an answer as not yet written while the block runs."""
         ...
 
     def done(self, key: str, record: Record) -> None:
@@ -84,7 +112,7 @@ class Asker(Protocol):
         ...
 
 
-class TagWithLLM(gokart.TaskOnKart[Record]):
+class TagWithLLM(Leaf[Record]):
     """Tag one text. The key alone identifies the task; the text is nowhere shown."""
 
     key: luigi.Parameter[str] = luigi.Parameter()
@@ -101,10 +129,17 @@ class TagWithLLM(gokart.TaskOnKart[Record]):
         """Return the text's record."""
         return RecordTarget(self.asker.cache, self.key)
 
+    def complete(self) -> bool:
+        """Return whether the text has a record, without gokart's look at requirements and times."""
+        return self.output().exists()
+
     def run(self) -> None:
-        """Ask and write the answer."""
-        record = self.asker.ask(self.key, self.text)
-        self.dump(record)
+        """Ask and write the answer, unless another worker has; gokart's run-lock is held meanwhile, if there is one."""
+        record = self.asker.found(self.key)
+        if record is None:
+            record = self.asker.ask(self.key, self.text)
+            with self.asker.writing():
+                self.output().dump(record)
         self.asker.done(self.key, record)
 
     def on_failure(self, exception: BaseException) -> str:
@@ -113,12 +148,37 @@ class TagWithLLM(gokart.TaskOnKart[Record]):
         return type(exception).__name__
 
 
+class TagWave(Wave):
+    """Tag some of a shard's texts; complete when all of them have a record."""
+
+    number: luigi.IntParameter = luigi.IntParameter()
+    texts: luigi.Parameter[Any] = Private()
+    asker: luigi.Parameter[Any] = Private()
+
+    should_dump_supplementary_log_files: luigi.BoolParameter = luigi.BoolParameter(default=False, significant=False)
+
+    def make_unique_id(self) -> str:
+        """Return the wave's number."""
+        return str(self.number)
+
+    def requires(self) -> FlattenableItems[gokart.TaskOnKart[Any]]:
+        """Return one task per text that has no record."""
+        texts = self.texts.unanswered(self.number)
+        return [TagWithLLM(key=key, text=text, asker=self.asker, **self.asker.lock) for key, text in texts.items()]
+
+    def complete(self) -> bool:
+        """Return whether all texts have a record."""
+        return all(self.asker.cache.complete(key) for key in self.texts.keys(self.number))
+
+    def run(self) -> None:
+        """Do nothing: the work is in the texts' tasks."""
+
+
 class TagTexts(gokart.TaskOnKart[None]):
-    """Tag the new texts of one shard; complete when all of them are."""
+    """Tag the new texts of one shard; complete when all of its waves are."""
 
     shard: luigi.Parameter[str] = luigi.Parameter()
     texts: luigi.Parameter[Any] = Private()
-    """Keys and texts, as a dict."""
     asker: luigi.Parameter[Any] = Private()
 
     should_dump_supplementary_log_files: luigi.BoolParameter = luigi.BoolParameter(default=False, significant=False)
@@ -127,13 +187,16 @@ class TagTexts(gokart.TaskOnKart[None]):
         """Return the shard's name."""
         return self.shard
 
-    def requires(self) -> FlattenableItems[gokart.TaskOnKart[Any]]:
-        """Return one task per text."""
-        return [TagWithLLM(key=key, text=text, asker=self.asker) for key, text in self.texts.items()]
+    def _waves(self) -> Iterator["TagWave"]:
+        return (TagWave(number=i, texts=self.texts, asker=self.asker) for i in range(self.texts.waves))
 
-    def output(self) -> FlattenableItems[TargetOnKart]:
-        """Return the records of all texts."""
-        return [RecordTarget(self.asker.cache, key) for key in self.texts]
+    def requires(self) -> FlattenableItems[gokart.TaskOnKart[Any]]:
+        """Return one task per wave."""
+        return list(self._waves())
+
+    def complete(self) -> bool:
+        """Return whether all waves are complete, as luigi's WrapperTask does."""
+        return all(wave.complete() for wave in self._waves())
 
     def run(self) -> None:
         """Do nothing: the work is in the texts' tasks."""

@@ -44,8 +44,10 @@ sys.path.insert(0, str(REPOSITORY))
 
 from demo.seaweedfs import SeaweedFS  # noqa: E402 - after the environment is ours
 from demo.stand_in import StandIn  # noqa: E402
+from tagger.connections import Connection  # noqa: E402
+from tests.databases import redis_connection  # noqa: E402
 from tests.project import Project, sqlite_project  # noqa: E402
-from tests.servers import Moto, PostgreSQL, S3Store  # noqa: E402
+from tests.servers import Moto, PostgreSQL, RedisServer, S3Store  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
@@ -67,6 +69,21 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]
     """A PostgreSQL server; a test that writes creates a database of its own."""
     with PostgreSQL(tmp_path_factory.mktemp("postgresql")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis server with a password; a test that pauses or kills one starts its own."""
+    with RedisServer(tmp_path_factory.mktemp("redis"), password=secrets.token_hex(16)) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_default(redis_server: RedisServer) -> Connection:
+    """The connection of an empty Redis database, not the first one: for `project.redis`."""
+    with redis_server.client() as client:
+        client.flushall()
+    return redis_connection(redis_server)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from tagger.connections import Connection, s3_client
 from tagger.runs import Run
 from tagger.storage import Storage
 from tests.project import MINIMAL, Project, merged, sqlite_project
-from tests.servers import Database, PostgreSQL, S3Store
+from tests.servers import Database, PostgreSQL, RedisServer, S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -32,6 +32,12 @@ def database_connection(database: Database, conn_id: str = "db") -> Connection:
     return Connection(
         conn_id, "postgres", "127.0.0.1", database.port, database.user, database.password, schema=database.name
     )
+
+
+def redis_connection(server: RedisServer, **extra: Any) -> Connection:
+    """Return the Airflow connection `redis_default` of a database of a Redis server: number 3, or `db`."""
+    extra = {"db": 3} | extra
+    return Connection("redis_default", "redis", server.host, server.port, password=server.password, extra=extra)
 
 
 @cache

@@ -51,7 +51,10 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Project:
-    """One dataset and all it needs. Rows go in with `put`; `run` goes through all steps like the DAG does."""
+    """One dataset and all it needs. Rows go in with `put`; `run` goes through all steps like the DAG does.
+
+    With a lock: `project.redis = redis_default` (the fixture) and `project.change(lock={"conn_id": "redis_default"})`.
+    """
 
     store: S3Store
     llm: StandIn
@@ -59,9 +62,10 @@ class Project:
     engine: sa.Engine
     content: dict[str, Any]
     runs: list[str] = field(default_factory=list)
+    redis: Connection | None = None
 
     def connections(self, conn_id: str) -> Connection | None:
-        """Look a connection up: `db`, `aws_default` and `openai_default` are there."""
+        """Look a connection up: `db`, `aws_default` and `openai_default` are there, and `redis` where it is set."""
         extra = {"endpoint_url": self.store.endpoint}
         known = {
             "db": self.database_connection,
@@ -70,6 +74,8 @@ class Project:
             ),
             "openai_default": Connection("openai_default", "openai", host=self.llm.base_url, password="key"),
         }
+        if self.redis is not None:
+            known[self.redis.conn_id] = self.redis
         return known.get(conn_id)
 
     @property

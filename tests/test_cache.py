@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.compat import HTTPHeaders
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tagger.cache import RECORD_VERSION, SMALLEST_RECORD, Cache, DamagedRecord, Record, Usage, parse_record
 from tagger.connections import Connection
-from tagger.exceptions import InputError
+from tagger.exceptions import InputError, StorageError
 from tagger.storage import Storage
 from tests.databases import watch
 from tests.servers import S3Store
@@ -104,14 +109,13 @@ def test_writing_is_one_request(cache: Cache, storage: Storage) -> None:
     assert requests.counts == {"PutObject": 1}
 
 
-def test_completeness_is_answered_from_what_was_seen(cache: Cache, storage: Storage) -> None:
+def test_completeness_is_answered_from_what_was_read_and_written(cache: Cache, storage: Storage) -> None:
     fill(cache, storage, [key(1), key(2)])
-    cache.find([key(1)])
     cache.write(key(3), record())
     cache.read(key(2))
     requests = watch(storage)
 
-    assert [cache.complete(key(n)) for n in range(5)] == [False, True, True, True, False]
+    assert [cache.complete(key(n)) for n in range(5)] == [False, False, True, True, False]
     assert requests.made == []
 
 
@@ -148,6 +152,71 @@ def test_keys_are_asked_for_in_the_way_that_needs_fewer_requests(
 
     assert set(requests.counts) <= {"ListObjectsV2", operation}
     assert len(requests.made) <= min(in_sample * 256 / 1000 + 17, wanted + 1)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["by-listing", "one-by-one"])
+def test_found_and_missing_are_all_the_keys(cache: Cache, storage: Storage, listed: bool) -> None:
+    keys = [key(n) for n in range(40 if listed else 10)]
+    fill(cache, storage, keys[::2])
+    requests = watch(storage)
+
+    assert cache.missing(keys) == set(keys[1::2])
+    assert cache.find(iter(keys)) == set(keys[::2])
+    assert ("HeadObject" in requests.counts) is not listed
+
+
+def test_with_so_few_keys_that_no_listing_is_cheaper_none_is_made(cache: Cache, storage: Storage) -> None:
+    requests = watch(storage)
+
+    cache.missing([key(n) for n in range(16)])
+
+    assert requests.counts == {"HeadObject": 16}
+
+
+def pretend(storage: Storage, there: int) -> None:
+    """Lets S3 have pages without end below each prefix, and none of the objects asked for but the first `there`."""
+    items = b"".join(b"<Contents><Key>%d</Key><Size>200</Size></Contents>" % i for i in range(1000))
+    more = b"<IsTruncated>true</IsTruncated><NextContinuationToken>t%d</NextContinuationToken>"
+    pages = iter(b"<ListBucketResult>%b%b</ListBucketResult>" % (items, more % i) for i in count())
+    left = iter(range(there))
+
+    def answer(request: AWSPreparedRequest, **_: object) -> Any:
+        if request.method == "GET":
+            return AWSResponse(request.url, 200, HTTPHeaders(), RawAnswer(next(pages)))
+        headers = HTTPHeaders()
+        headers["Content-Length"] = "200"
+        return AWSResponse(request.url, 404 if next(left, None) is None else 200, headers, RawAnswer(b""))
+
+    storage._client.meta.events.register("before-send.s3", answer)
+
+
+class RawAnswer(io.BytesIO):
+    def stream(self, **_: object) -> Iterator[bytes]:
+        yield self.read()
+
+
+@pytest.mark.parametrize(("wanted", "pages"), [(17, 1), (250, 1), (500, 2), (1000, 4)])
+def test_a_big_cache_is_sampled_no_further_than_the_answer_needs(storage: Storage, wanted: int, pages: int) -> None:
+    pretend(storage, there=3)
+    requests = watch(storage)
+
+    assert len(Cache(storage, SPEC, MODEL).missing([key(n) for n in range(wanted)])) == wanted - 3
+
+    assert requests.counts == {"ListObjectsV2": pages, "HeadObject": wanted}
+
+
+def test_after_a_listing_garbage_is_collected_again(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.missing([key(n) for n in range(40)])
+    assert gc.isenabled()
+
+    def broken(part: str) -> Iterator[str]:
+        assert not gc.isenabled()
+        raise StorageError("broken")
+
+    monkeypatch.setattr(cache, "_listed", broken)
+    with pytest.raises(StorageError, match="broken"):
+        cache.missing([key(n) for n in range(40)])
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("wanted", [1, 40], ids=["one-by-one", "by-listing"])

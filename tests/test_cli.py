@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import re
+import signal
+import struct
 import subprocess
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +24,9 @@ import yaml
 from botocore.retries.standard import ExponentialBackoff
 
 from demo.processes import free_port
-from demo.stand_in import completion, error
+from demo.stand_in import StandIn, completion, error
 from tagger.cli import main
+from tagger.ledger import read_attempts
 from tagger.report import Summary
 from tests.project import Project, merged
 from tests.servers import PostgreSQL, S3Store
@@ -516,3 +525,173 @@ def test_installed_script_complains_in_one_line() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("tagger: no dataset `no_such_dataset`")
+
+
+# interruption
+
+TEXTS = 20
+
+
+@dataclass
+class Process:
+    """The installed script, at work on many texts."""
+
+    popen: subprocess.Popen[str]
+    llm: StandIn
+
+    def wait_for_calls(self, count: int) -> None:
+        """Wait until the endpoint was asked so often."""
+        until = time.monotonic() + 90
+        while len(self.llm.calls) < count:
+            assert self.popen.poll() is None, self.popen.communicate()
+            assert time.monotonic() < until, "no calls"
+            time.sleep(0.02)
+
+    def end(self, number: signal.Signals, within: float = 20.0) -> tuple[int, list[str]]:
+        """Send a signal; return the exit code and the lines of stderr."""
+        self.popen.send_signal(number)
+        _, err = self.popen.communicate(timeout=within)
+        return self.popen.returncode, err.splitlines()
+
+
+@contextmanager
+def script_at_work(shell: Shell, *arguments: str) -> Iterator[Process]:
+    """Run the installed script; four calls at a time, of which each takes as long as the stand-in's latency."""
+    script = Path(sysconfig.get_path("scripts"), "tagger")
+    with subprocess.Popen(
+        [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as popen:
+        try:
+            yield Process(popen, shell.project.llm)
+        finally:
+            popen.kill()
+
+
+@pytest.fixture
+def busy(shell: Shell) -> Shell:
+    """A shell with a planned run `id` of many texts, and an endpoint that takes its time."""
+    for row_id in range(3, TEXTS + 1):
+        shell.project.put(row_id, f"apple number {row_id}")
+    shell.write(llm={"concurrency": 4})
+    shell.run("snapshot", "notes", "--run-id", "id")
+    shell.run("plan", "notes", "--run-id", "id")
+    shell.project.llm.latency = 3.0
+    return shell
+
+
+def records(shell: Shell) -> int:
+    return shell.project.everything_stored(but="runs/").count(b"cache/")
+
+
+def only_complaint(lines: list[str]) -> str:
+    """Return the one line that is not the log of a step."""
+    assert not [line for line in lines if "Traceback" in line], lines
+    [complaint] = [line for line in lines if not re.match(r"\d\d:\d\d:\d\d [A-Z]+ ", line)]
+    return complaint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "complaint"),
+    [(signal.SIGTERM, 143, "tagger: stopped by SIGTERM"), (signal.SIGINT, 130, "tagger: interrupted")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_an_interrupted_tag_makes_no_new_call_and_keeps_what_is_answered(
+    busy: Shell, number: signal.Signals, code: int, complaint: str
+) -> None:
+    llm = busy.project.llm
+    with script_at_work(busy, "tag", "notes", "--run-id", "id") as process:
+        process.wait_for_calls(4)
+        exit_code, lines = process.end(number)
+
+    assert exit_code == code, lines
+    assert only_complaint(lines).startswith(complaint)
+    assert len(llm.calls) == 4
+    assert records(busy) == 4
+    [attempt] = read_attempts(busy.project.open("id"))
+    assert attempt.state == "broken"
+    assert [outcome.status for outcome in attempt.outcomes] == ["tagged"] * 4
+
+    llm.latency = 0.0
+    assert busy.run("tag", "notes", "--run-id", "id") == 0
+    assert set(llm.calls_per_key().values()) == {1}
+    assert len(llm.calls) == TEXTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_an_interrupted_run_does_not_go_on_with_load(busy: Shell, number: signal.Signals) -> None:
+    with script_at_work(busy, "run", "notes", "--run-id", "whole", "--json") as process:
+        process.wait_for_calls(4)
+        code, lines = process.end(number)
+
+    assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], lines
+    assert only_complaint(lines)
+    assert records(busy) == len(busy.project.llm.calls) == 4
+    assert busy.project.target() == {}
+    assert busy.project.open("whole").storage.get("runs/notes/whole/load.json") is None
+    assert busy.project.open("whole").storage.get("runs/notes/whole/summary.json") is None
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_hangs_holds_up_no_end(busy: Shell) -> None:
+    busy.project.llm.latency = 120.0
+    with script_at_work(busy, "tag", "notes", "--run-id", "id") as process:
+        process.wait_for_calls(4)
+        code, lines = process.end(signal.SIGTERM)
+
+    assert code == 143, lines
+    assert only_complaint(lines).startswith("tagger: stopped by SIGTERM")
+    [attempt] = read_attempts(busy.project.open("id"))
+    assert attempt.state == "broken"
+    assert len(busy.project.llm.calls) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, raises=subprocess.TimeoutExpired, reason="what waits for a pause hears of no signal")
+def test_a_pause_after_a_429_is_over_when_the_process_is_told_to_end(busy: Shell) -> None:
+    llm = busy.project.llm
+    llm.script(*[replace(error(429, "Busy.", headers={"Retry-After": "100"}), delay=1.0)] * 4)
+    with script_at_work(busy, "tag", "notes", "--run-id", "id") as process:
+        process.wait_for_calls(4)
+        time.sleep(2.0)
+        code, _ = process.end(signal.SIGTERM, within=10)
+
+    assert code == 143
+    assert len(llm.calls) == 4
+
+
+# progress
+
+
+def on_terminal(*arguments: str) -> tuple[int, str]:
+    """Run the installed script with a terminal for stderr; return its exit code and what the terminal shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    script = Path(sysconfig.get_path("scripts"), "tagger")
+    shown = b""
+    with subprocess.Popen([str(script), *arguments], stderr=theirs, stdout=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        os.close(ours)
+        return process.wait(60), shown.decode()
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_a_bar_and_neither_text_nor_answer(shell: Shell) -> None:
+    llm = shell.project.llm
+    for row_id in range(3, 13):
+        shell.project.put(row_id, f"apple number {row_id}, told to nobody")
+    llm.script(*[error(400, "Cannot process: told to nobody")] * 3)
+    llm.latency = 0.5
+    shell.write(llm={"concurrency": 4}, limits={"max_failed_fraction": 1.0})
+
+    code, shown = on_terminal("run", "notes", "--run-id", "id")
+
+    assert code == 0, shown
+    assert re.search(r"shard 1/1 100%\|█+\| 12/12 texts", shown)
+    assert len(re.findall(r"[\r\n][\d:]{8} WARNING row \d+ failed: rejected: HTTP 400 *\r", shown)) == 3
+    assert "told to nobody" not in shown
+    assert "zebra" not in shown

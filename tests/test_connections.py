@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import logging
+import socket
+import socketserver
 import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +21,30 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import airflow.sdk
 import pytest
+import redis
+import redis.retry
 import sqlalchemy as sa
 from airflow.providers.openai.hooks.openai import OpenAIHook
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
 from tagger.airflow.connections import connections_from_airflow
+from tagger.check import check
 from tagger.connections import (
     Connection,
     Connections,
     connections_from_env,
     database,
     openai_client,
+    ping_redis,
+    redis_client,
     s3_client,
 )
 from tagger.exceptions import InputError, Unreachable
+from tagger.plan import WITHOUT_LOCK
 from tagger.tables import connecting
-from tests.servers import PostgreSQL, S3Store
+from tests.databases import redis_connection
+from tests.project import Project
+from tests.servers import Authority, PostgreSQL, RedisServer, S3Store
 
 SECRET = "s3cret-Pa55word"
 
@@ -57,6 +75,9 @@ URIS: dict[str, str] = {
     "openai, host, port and path quoted": "openai://:sk-secret@https%3A%2F%2Fapi.example.com%3A8443%2Fv1",
     "openai, scheme before, rest quoted": "openai://https://:sk-secret@api.example.com%3A8443%2Fv1",
     "openai, host, port and path apart": "openai://http://:sk-secret@localhost:11434/v1",
+    "redis, password and number": "redis://:p%40ss%2Fword@redis.example.com:6380/2",
+    "redis, extra": "redis://user:secret-one@redis.example.com?db=2&ssl=true&ssl_ca_certs=%2Fetc%2Fca.pem",
+    "rediss": "rediss://:secret-one@redis.example.com:6380/2?ssl_cert_reqs=none",
     "type with a hyphen": "google-cloud-platform://",
 }
 
@@ -542,3 +563,421 @@ def test_aws_connection_that_makes_no_client_is_one_error(
     with pytest.raises(InputError, match=rf"connection `ours`: .*({found})") as caught:
         s3_client("ours", known(connection))
     assert SECRET not in str(caught.value)
+
+
+# Redis
+
+
+def redis_options(connection: Connection) -> dict[str, Any]:
+    """Return what a client is made of, TLS aside where it is off."""
+    pool = redis_client(connection.conn_id, known(connection)).connection_pool
+    names = ["host", "port", "db", "username", "password"]
+    if issubclass(pool.connection_class, redis.SSLConnection):
+        names += ["ssl_cert_reqs", "ssl_check_hostname", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"]
+    found = {name: pool.connection_kwargs[name] for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+PLAIN = {"host": "redis.example.com", "port": 6379, "db": 0}
+VERIFIED = {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
+REDIS: dict[str, tuple[str, dict[str, Any]]] = {
+    "host only": ("redis://redis.example.com", PLAIN),
+    "password, port and number": (
+        "redis://:p%40ss%2Fw%3Aord%25@redis.example.com:6380/2",
+        {**PLAIN, "port": 6380, "db": 2, "password": "p@ss/w:ord%"},
+    ),
+    "login": ("redis://user:pass@redis.example.com", {**PLAIN, "username": "user", "password": "pass"}),
+    "number in the extra": ("redis://redis.example.com?db=3", {**PLAIN, "db": 3}),
+    "number in both: that of the extra, the only one the provider reads": (
+        "redis://redis.example.com/2?db=0",
+        PLAIN,
+    ),
+    "a schema that is no number, with one in the extra": ("redis://redis.example.com/tagger?db=3", {**PLAIN, "db": 3}),
+    "nested extra": ("redis://redis.example.com?__extra__=" + quote('{"db": 3}'), {**PLAIN, "db": 3}),
+    "empty extras, as a form leaves them": (
+        "redis://redis.example.com?__extra__=" + quote('{"db": null, "ssl": false, "ssl_cert_reqs": ""}'),
+        PLAIN,
+    ),
+    "no password, as the provider spells it": ("redis://:None@redis.example.com", PLAIN),
+    "ssl": ("redis://redis.example.com?ssl=true", PLAIN | VERIFIED),
+    "ssl that is off": ("redis://redis.example.com?ssl=False&ssl_ca_certs=/no/such/file", PLAIN),
+    "ssl, nothing verified": (
+        "redis://redis.example.com?ssl=True&ssl_cert_reqs=none",
+        PLAIN | {"ssl_cert_reqs": "none", "ssl_check_hostname": True},
+    ),
+    "ssl, no host name": (
+        "redis://redis.example.com?ssl=1&ssl_check_hostname=false",
+        PLAIN | {"ssl_cert_reqs": "required", "ssl_check_hostname": False},
+    ),
+    "ssl, null is not off": (
+        "redis://redis.example.com?__extra__=" + quote('{"ssl": true, "ssl_cert_reqs": null}'),
+        PLAIN | VERIFIED,
+    ),
+    "rediss": ("rediss://redis.example.com/1", PLAIN | VERIFIED | {"db": 1}),
+    "rediss is not switched off": ("rediss://redis.example.com?ssl=false", PLAIN | VERIFIED),
+    "IPv6": ("redis://[::1]:6380", PLAIN | {"host": "::1", "port": 6380}),
+}
+
+
+@pytest.mark.parametrize(("uri", "options"), REDIS.values(), ids=REDIS.keys())
+def test_redis_connection_is_read_as_the_provider_does(
+    monkeypatch: pytest.MonkeyPatch, uri: str, options: dict[str, Any]
+) -> None:
+    """Its `db`, `ssl` and `ssl_…` of the extra; besides, the number may be the schema."""
+    monkeypatch.setenv("AIRFLOW_CONN_OURS", uri)
+    connection = connections_from_env("ours")
+
+    assert connection is not None
+    assert redis_options(connection) == options
+
+
+def test_redis_certificates_are_those_of_the_extra(tmp_path: Path) -> None:
+    files = {name: str(tmp_path / name) for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")}
+    for file in files.values():
+        Path(file).touch()
+
+    found = redis_options(Connection("ours", "redis", "redis.example.com", extra={"ssl": True, **files}))
+    assert found == PLAIN | VERIFIED | files
+
+
+BAD_REDIS: dict[str, tuple[Connection, str]] = {
+    "type": (Connection("ours", "postgres", "h"), "type `postgres` is not supported .redis is"),
+    "no host": (Connection("ours", "redis"), "it has no host"),
+    "number in words": (Connection("ours", "redis", "h", extra={"db": "two"}), "`db`: Input should be a valid integer"),
+    "number below 0": (Connection("ours", "redis", "h", extra={"db": -1}), "`db`: Input should be greater than"),
+    "schema": (Connection("ours", "redis", "h", schema="tagger"), "`schema`: Input should be a valid integer"),
+    "ssl": (Connection("ours", "redis", "h", extra={"ssl": "perhaps"}), "`ssl`: Input should be a valid boolean"),
+    "cert_reqs": (Connection("ours", "redis", "h", extra={"ssl_cert_reqs": "no"}), "`ssl_cert_reqs`: .*'required'"),
+    "no such file": (
+        Connection("ours", "rediss", "h", extra={"ssl_ca_certs": "/no/ca.pem"}),
+        "`ssl_ca_certs`: no file /no/ca.pem",
+    ),
+    "key alone": (Connection("ours", "rediss", "h", extra={"ssl_keyfile": __file__}), "`ssl_keyfile` needs"),
+}
+
+
+@pytest.mark.parametrize(("connection", "found"), BAD_REDIS.values(), ids=BAD_REDIS.keys())
+def test_redis_connection_that_makes_no_client_is_one_error(connection: Connection, found: str) -> None:
+    with pytest.raises(InputError, match=f"^connection `ours`: {found}") as caught:
+        redis_client("ours", known(dataclasses.replace(connection, password=SECRET)))
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_redis_connection_that_is_missing_is_answered_with_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"no connection `redis_default`: .*\$AIRFLOW_CONN_REDIS_DEFAULT"):
+        redis_client("redis_default", known())
+
+
+def test_redis_client_connects_to_nothing_yet_and_reads_bytes(redis_default: Connection) -> None:
+    nobody = Connection("ours", "redis", "no-such-host.invalid")
+    assert redis_client("ours", known(nobody)).connection_pool.connection_kwargs["decode_responses"] is False
+
+    with redis_client("redis_default", known(redis_default)) as client:
+        client.set("key", "心臓")
+        assert client.get("key") == "心臓".encode()
+
+
+def test_redis_is_imported_when_a_client_is_made() -> None:
+    """Airflow parses the DAG files every few seconds."""
+    code = "import sys, tagger.connections; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_redis_of_the_connection_is_reached(redis_server: RedisServer, redis_default: Connection) -> None:
+    """With its password, and in its database."""
+    with redis_client("redis_default", known(redis_default)) as client:
+        client.set("key", "value")
+        [mine] = [entry for entry in client.client_list() if entry["id"] == str(client.client_id())]
+    assert (mine["db"], mine["user"]) == ("3", "default")
+    sizes = {}
+    for number in range(5):
+        with redis_server.client(number) as direct:
+            sizes[number] = direct.dbsize()
+    assert sizes == {0: 0, 1: 0, 2: 0, 3: 1, 4: 0}
+
+
+def test_redis_number_may_stand_in_the_path_of_the_uri(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "AIRFLOW_CONN_OURS", f"redis://:{redis_server.password}@{redis_server.host}:{redis_server.port}/5"
+    )
+
+    with redis_client("ours", connections_from_env) as client:
+        assert ping_redis(client, "ours") == f"127.0.0.1:{redis_server.port}, database 5"
+        [mine] = [entry for entry in client.client_list() if entry["id"] == str(client.client_id())]
+    assert mine["db"] == "5"
+
+
+def test_redis_user_and_password_of_any_letters_get_in(redis_server: RedisServer, redis_default: Connection) -> None:
+    password = "p@ss/w:ord% \"'`#ü果"
+    with redis_server.client() as direct:
+        direct.acl_setuser("tagger", enabled=True, passwords=[f"+{password}"], keys=["*"], commands=["+@all"])
+    ours = dataclasses.replace(redis_default, login="tagger", password=password)
+
+    with redis_client("redis_default", known(ours)) as client:
+        assert ping_redis(client, "redis_default")
+        assert client.acl_whoami() == "tagger"
+
+
+def test_redis_serves_several_hundred_threads(redis_default: Connection) -> None:
+    """Each of them holds a connection; redis-py's own limit is 100."""
+    with redis_client("redis_default", known(redis_default)) as client:
+        pool = client.connection_pool
+        held = [pool.get_connection() for _ in range(400)]
+        assert client.ping()
+        for connection in held:
+            pool.release(connection)
+
+
+# Redis and TLS
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def tls_server(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("tls"), password=SECRET, tls=authority.server()) as server:
+        yield server
+
+
+def ping(connection: Connection) -> str:
+    with redis_client(connection.conn_id, known(connection)) as client:
+        return ping_redis(client, connection.conn_id)
+
+
+@pytest.mark.parametrize("conn_type", ["redis", "rediss"])
+def test_redis_is_reached_by_tls_with_an_authority_of_our_own(
+    tls_server: RedisServer, authority: Authority, conn_type: str
+) -> None:
+    ours = redis_connection(tls_server, ssl_ca_certs=str(authority.file), ssl=conn_type == "redis")
+    ours = dataclasses.replace(ours, conn_type=conn_type)
+
+    assert ping(ours) == f"127.0.0.1:{tls_server.port}, database 3"
+    with redis_client("redis_default", known(ours)) as client:
+        client.set("large", b"x" * 1_000_000)
+        assert client.get("large") == b"x" * 1_000_000
+    with tls_server.client(3) as direct:
+        assert direct.delete("large") == 1
+
+
+def test_redis_host_name_is_not_looked_at_where_the_extra_says_so(
+    tls_server: RedisServer, authority: Authority
+) -> None:
+    ours = redis_connection(tls_server, ssl=True, ssl_ca_certs=str(authority.file), ssl_check_hostname=False)
+
+    assert ping(dataclasses.replace(ours, host="localhost"))
+
+
+def test_redis_may_want_a_certificate_of_ours(tmp_path: Path, authority: Authority) -> None:
+    certificate, key = authority.issue("worker")
+    extra: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(authority.file)}
+    with RedisServer(tmp_path, tls=authority.server(asks_clients=True)) as server:
+        assert ping(redis_connection(server, **extra, ssl_certfile=str(certificate), ssl_keyfile=str(key)))
+        with pytest.raises(Unreachable):
+            ping(redis_connection(server, **extra))
+
+
+# what Redis refuses
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for long."""
+    monkeypatch.setattr("tagger.connections.REDIS_SECONDS", 0.3)
+    monkeypatch.setattr("tagger.connections.REDIS_RETRIES", 0)
+
+
+def refused(connection: Connection, caplog: pytest.LogCaptureFixture) -> str:
+    """Return the one line for a Redis that is of no use, with no secret in it, behind it or in the log."""
+    caplog.set_level(logging.DEBUG)
+    with redis_client(connection.conn_id, known(connection)) as client:
+        with pytest.raises(InputError) as caught:
+            ping_redis(client, connection.conn_id)
+        shown = f"{client!r} {client.connection_pool!r} {connection!r}"
+    shown += "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert connection.password is None or connection.password not in shown
+    assert caught.value.__context__ is None
+    assert "\n" not in str(caught.value)
+    if "does not answer" in str(caught.value):
+        assert isinstance(caught.value, Unreachable)
+    return str(caught.value).replace(f":{connection.port}", ":PORT")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "wrong password": ({"password": SECRET}, "127.0.0.1:PORT refuses the login or the password"),
+    "no password": ({"password": None}, "127.0.0.1:PORT refuses the login or the password"),
+    "unknown login": ({"login": "nobody"}, "127.0.0.1:PORT refuses the login or the password"),
+    "number out of range": ({"extra": {"db": 99}}, "127.0.0.1:PORT has no database 99"),
+    "nothing there": ({"port": 1}, "127.0.0.1:PORT does not answer: Connection refused"),
+    "no such host": ({"host": "no-such-host.invalid"}, "no-such-host.invalid:PORT does not answer: "),
+}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("change", "found"), REFUSED.values(), ids=REFUSED.keys())
+def test_redis_that_is_of_no_use_is_one_line(
+    redis_default: Connection, caplog: pytest.LogCaptureFixture, change: dict[str, Any], found: str
+) -> None:
+    line = refused(dataclasses.replace(redis_default, **change), caplog)
+    assert line.startswith(f"connection `redis_default`: Redis at {found}")
+
+
+def test_redis_host_that_is_no_name_is_one_line(redis_default: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    line = refused(dataclasses.replace(redis_default, host="a..b"), caplog)
+    assert line == "connection `redis_default`: its host is no host name"
+
+
+def test_redis_password_that_is_refused_is_tried_once(redis_default: Connection) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match="refuses"):
+        ping(dataclasses.replace(redis_default, password=SECRET))
+    assert time.monotonic() - started < 0.5
+
+
+@pytest.mark.usefixtures("impatient")
+def test_redis_that_hangs_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with RedisServer(tmp_path, password=SECRET) as server:
+        server.pause()
+        line = refused(redis_connection(server), caplog)
+        server.resume()
+        assert ping(redis_connection(server))
+    assert line.startswith("connection `redis_default`: Redis at 127.0.0.1:PORT does not answer: Timeout")
+
+
+def test_redis_that_takes_no_locks_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It answers a PING all the same."""
+    with RedisServer(tmp_path, password=SECRET) as server, server.client() as direct:
+        direct.acl_setuser("reader", enabled=True, nopass=True, keys=["*"], commands=["+@read", "+@connection"])
+        reader = dataclasses.replace(redis_connection(server), login="reader")
+        no_right = refused(reader, caplog)
+        direct.replicaof("127.0.0.1", 1)
+        replica = refused(redis_connection(server), caplog)
+    assert no_right.endswith("gives the user no right to lock: commands and keys of its ACL")
+    assert replica.endswith("is a replica, which takes no locks; the connection must name the primary")
+
+
+TLS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown authority": ({"ssl_ca_certs": None}, ": its TLS certificate is refused: unable to get local issuer"),
+    "other host": ({"host": "localhost"}, ": its TLS certificate is refused: Hostname mismatch"),
+    "authority's file that is none": ({"ssl_ca_certs": __file__}, ": TLS fails: NO_CERTIFICATE_OR_CRL_FOUND"),
+    "certificate's file that is none": ({"ssl_certfile": __file__}, ": TLS fails: "),
+    "no TLS": ({"ssl": False}, " does not answer: "),
+}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("change", "found"), TLS_REFUSED.values(), ids=TLS_REFUSED.keys())
+def test_redis_with_wrong_tls_is_one_line(
+    tls_server: RedisServer,
+    authority: Authority,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    found: str,
+) -> None:
+    extra: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(authority.file)} | change
+    host = extra.pop("host", "127.0.0.1")
+    line = refused(dataclasses.replace(redis_connection(tls_server, **extra), host=host), caplog)
+    assert line.startswith(f"connection `redis_default`: Redis at {host}:PORT{found}")
+    assert "_ssl.c" not in line
+
+
+SAYS: dict[str, tuple[bytes, str]] = {
+    "HTTP": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak Redis; where it is TLS, set `ssl` in the extra"),
+    "it repeats what was sent": (
+        f"-ERR unknown command 'AUTH', with args beginning with: '{SECRET}'\r\n".encode(),
+        "answers with an error: unknown command",
+    ),
+    "it is starting": (b"-LOADING Redis is loading the dataset\r\n", "does not answer: Redis is loading the dataset"),
+    "it hangs up": (b"", "does not answer: Connection closed by server"),
+}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("answer", "found"), SAYS.values(), ids=SAYS.keys())
+def test_what_is_no_good_redis_is_one_line(caplog: pytest.LogCaptureFixture, answer: bytes, found: str) -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):
+                self.request.recv(4096)
+                self.request.sendall(answer)
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.recv(4096)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        port = server.server_address[1]
+        line = refused(Connection("ours", "redis", "127.0.0.1", port, password=SECRET), caplog)
+        server.shutdown()
+    assert line == f"connection `ours`: Redis at 127.0.0.1:PORT {found}"
+
+
+def test_redis_that_starts_again_is_found_again(tmp_path: Path) -> None:
+    """A command that meets its restart is tried again."""
+    with (
+        RedisServer(tmp_path, password=SECRET) as server,
+        redis_client("redis_default", known(redis_connection(server))) as client,
+    ):
+        client.set("key", "value")
+        server.kill()
+        restart = threading.Timer(0.3, server.start)
+        restart.start()
+        assert client.get("key") is None
+        restart.join()
+
+
+def test_redis_that_has_gone_is_tried_three_times_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-py alone would connect three times for each of three tries of a health check for each of the command."""
+    waits: list[float] = []
+    monkeypatch.setattr(redis.retry, "sleep", waits.append)
+    monkeypatch.setattr("tagger.connections.REDIS_SECONDS", 0.3)
+    with (
+        RedisServer(tmp_path, password=SECRET) as server,
+        redis_client("redis_default", known(redis_connection(server))) as client,
+    ):
+        client.set("key", "value")
+        server.kill()
+        with pytest.raises(redis.ConnectionError, match="Connection refused"):
+            client.get("key")
+        assert waits == [0.6, 1]
+        server.start()
+        client.set("key", "value")
+        monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 60)  # its health is looked at
+        server.pause()
+        with pytest.raises(redis.TimeoutError):
+            client.get("key")
+        server.resume()
+        assert client.get("key") == b"value"
+    assert waits == [0.6, 1, 0.6, 1]
+
+
+# tagger check
+
+
+def test_check_says_where_the_lock_is(project: Project, redis_default: Connection) -> None:
+    project.redis = redis_default
+    project.change(lock={"conn_id": "redis_default"})
+
+    lines = list(check(project.dataset, project.connections, create=True))
+    assert f"lock redis_default: answers at 127.0.0.1:{redis_default.port}, database 3" in lines
+    assert WITHOUT_LOCK not in lines
+
+
+def test_check_says_what_holds_without_a_lock(project: Project) -> None:
+    lines = list(check(project.dataset, project.connections, create=True))
+    assert WITHOUT_LOCK in lines
+    assert not [line for line in lines if line.startswith("lock")]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_check_fails_where_the_lock_does_not_answer(project: Project, redis_default: Connection) -> None:
+    project.redis = dataclasses.replace(redis_default, port=1)
+    project.change(lock={"conn_id": "redis_default"})
+
+    with pytest.raises(Unreachable, match=r"Redis at 127\.0\.0\.1:1 does not answer"):
+        list(check(project.dataset, project.connections, create=True))

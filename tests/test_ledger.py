@@ -7,13 +7,17 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagger.cache import Record, Usage
@@ -248,6 +252,37 @@ def test_counts_tell_texts_by_status(run: Run) -> None:
     assert books.counts() == {"tagged": 2, "refused": 1, "failed": 1, "asked": 1}
 
 
+def test_counts_stay_when_the_file_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tagger.ledger.FLUSH_SECONDS", 0.01)
+    with ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+        books.failed(key(2), "2", "timeout", "no answer in time")
+        books.spend(key(3), "3", Usage(input=1))
+        wait_until(lambda: len(read_attempts(run)[0].outcomes) == 3)
+        books.record(key(4), "4", record("fruit"))
+
+        assert books.counts() == {"tagged": 2, "failed": 1, "asked": 1}
+
+    assert books.counts() == {"tagged": 2, "failed": 1, "asked": 1}
+
+
+def test_a_text_that_ends_is_no_longer_one_that_was_asked(run: Run) -> None:
+    books = ledger(run)
+    books.spend(key(1), "1", Usage(input=1))
+    before = books.counts()
+    books.record(key(1), "1", record("fruit"))
+
+    assert (before, books.counts()) == ({"asked": 1}, {"tagged": 1})
+
+
+def test_a_text_whose_record_was_found_has_cost_nothing(run: Run) -> None:
+    with ledger(run) as books:
+        books.record(key(1), "7", record("fruit"))
+
+    outcome = only_outcome(run)
+    assert (outcome.status, outcome.requests, outcome.cost_usd, books.spent_usd) == ("tagged", 0, 0.0, 0.0)
+
+
 def test_many_threads_lose_no_count(run: Run) -> None:
     with ledger(run) as books, ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda i: books.spend(key(i % 10), str(i % 10), Usage(input=1, output=1)), range(2000)))
@@ -309,6 +344,164 @@ def test_a_write_in_between_that_fails_is_made_up_for(
         client.create_bucket(Bucket=s3_bucket.bucket)
 
     assert only_outcome(run).requests == 1
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.005)
+
+
+class Memory(Storage):
+    """Objects in memory, which `put` may fail to write."""
+
+    def __init__(self) -> None:
+        self.url = "s3://memory"
+        self.objects: dict[str, bytes] = {}
+        self.tries = 0
+        self.is_away = False
+
+    def create(self, path: str, body: bytes) -> bool:
+        self.objects[path] = body
+        return True
+
+    def put(self, path: str, body: bytes) -> None:
+        self.tries += 1
+        if self.is_away:
+            raise StorageError("S3 is away")
+        self.objects[path] = body
+
+    def get(self, path: str) -> bytes | None:
+        return self.objects.get(path)
+
+    def list(self, prefix: str) -> Any:
+        return [(path, len(body)) for path, body in self.objects.items() if path.startswith(prefix)]
+
+
+@pytest.fixture
+def memory_run(monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Memory]:
+    """A run in memory, whose books are written all the time."""
+    monkeypatch.setattr("tagger.ledger.FLUSH_SECONDS", 0.002)
+    memory = Memory()
+    return Run(memory, "notes", "manual__1"), memory
+
+
+def flushed(memory: Memory) -> None:
+    """Wait for a write that began after now."""
+    seen = memory.tries
+    wait_until(lambda: memory.tries >= seen + 2)
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["spend", "tag", "refuse", "fail", "flush", "flush in vain"]), st.integers(0, 5)),
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps)
+def test_the_file_is_right_whenever_it_is_written(steps: list[tuple[str, int]]) -> None:
+    memory = Memory()
+    run = Run(memory, "notes", "manual__1")
+    expected: dict[int, tuple[str, int]] = {}
+    """Status and requests of each text."""
+
+    def assert_right() -> None:
+        [attempt] = read_attempts(run)
+        found = {int(o.key, 16): (o.status, o.requests) for o in attempt.outcomes}
+        assert found == expected
+        assert len(attempt.outcomes) == len(expected)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tagger.ledger.FLUSH_SECONDS", 0.002)
+        with ledger(run) as books:
+            for what, number in steps:
+                status, requests = expected.get(number, ("asked", 0))
+                if what.startswith("flush"):
+                    memory.is_away = what == "flush in vain"
+                    flushed(memory)
+                    if not memory.is_away:
+                        assert_right()
+                elif status == "asked":  # a text ends once
+                    if what == "spend":
+                        books.spend(key(number), str(number), Usage(input=1))
+                        expected[number] = ("asked", requests + 1)
+                    elif what == "fail":
+                        books.failed(key(number), str(number), "timeout", "no answer in time")
+                        expected[number] = ("failed", requests)
+                    else:
+                        books.record(key(number), str(number), record(reason="refusal" if what == "refuse" else None))
+                        expected[number] = ("refused" if what == "refuse" else "tagged", requests)
+            memory.is_away = False
+
+    assert_right()
+    assert books.counts() == Counter(status for status, _ in expected.values())
+
+
+def test_what_ended_while_s3_was_away_is_in_the_next_write(memory_run: tuple[Run, Memory]) -> None:
+    run, memory = memory_run
+    with ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+        flushed(memory)
+        memory.is_away = True
+        books.record(key(2), "2", record("fruit"))
+        flushed(memory)
+        books.record(key(3), "3", record("fruit"))
+        memory.is_away = False
+        flushed(memory)
+
+        assert sorted(o.row_id for o in read_attempts(run)[0].outcomes) == ["1", "2", "3"]
+
+
+def test_books_that_cannot_be_closed_are_a_storage_error(memory_run: tuple[Run, Memory]) -> None:
+    run, memory = memory_run
+    with pytest.raises(StorageError, match="S3 is away"), ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+        flushed(memory)
+        memory.is_away = True
+
+    [attempt] = read_attempts(run)
+    assert (attempt.state, len(attempt.outcomes)) == ("running", 1)
+
+
+def test_what_broke_the_attempt_is_told_rather_than_that_its_books_stay_open(memory_run: tuple[Run, Memory]) -> None:
+    run, memory = memory_run
+    with pytest.raises(RunFailed, match="budget reached"), ledger(run):
+        memory.is_away = True
+        raise RunFailed("budget reached")
+
+
+def test_each_outcome_is_converted_once_however_often_the_file_is_written(
+    memory_run: tuple[Run, Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[int] = []
+
+    class Table:
+        @staticmethod
+        def from_pylist(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+            converted.append(len(rows))
+            return pa.Table.from_pylist(rows, schema=schema)
+
+    class CountingPyarrow:
+        def __getattr__(self, name: str) -> Any:
+            return Table if name == "Table" else getattr(pa, name)
+
+    monkeypatch.setattr("tagger.ledger.pa", CountingPyarrow())
+    run, memory = memory_run
+    texts, still_open = 2000, 3
+    with ledger(run) as books:
+        for number in range(still_open):
+            books.spend(key(texts + number), "1", Usage(input=1))
+        for number in range(texts):
+            books.record(key(number), "1", record("fruit"))
+            if number % 100 == 0:
+                flushed(memory)
+        writes = memory.tries
+
+    assert writes >= 40
+    assert sum(converted) <= texts + still_open * (memory.tries + 1)
+    assert len(read_attempts(run)[0].outcomes) == texts + still_open
 
 
 @pytest.mark.parametrize("body", [b"", b"PAR1", b"no parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1"])

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from email.utils import formatdate
 from itertools import pairwise
@@ -20,7 +21,8 @@ from tagger.cache import Usage
 from tagger.connections import Connection, openai_client
 from tagger.dataset_files import parse_dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TaggerError, TextFailed
-from tagger.llm import ASKS, LONGEST_WAIT, TRIES, Answer, Client, Stopped
+from tagger.llm import ASKS, LONGEST_WAIT, TRIES, Answer, Client
+from tagger.throttle import LocalRates, Rates, Stopped, Throttle
 from tests.project import MINIMAL, merged
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -35,10 +37,11 @@ RATE_LIMITED = error(429, "Rate limit reached.", "rate_limit_exceeded", headers=
 class Asker:
     """A client of the stand-in that notes what it spends."""
 
-    def __init__(self, base_url: str, **changes: Any) -> None:
+    def __init__(self, base_url: str, *, rates: Rates | None = None, **changes: Any) -> None:
         dataset = parse_dataset(merged(MINIMAL, changes), "notes.yaml")
         connection = Connection("openai_default", "openai", host=base_url, password="key")
-        self.client = Client(dataset, openai_client("openai_default", lambda _: connection))
+        self.throttle = Throttle(dataset.llm.concurrency, rates)
+        self.client = Client(dataset, openai_client("openai_default", lambda _: connection), self.throttle)
         self.spent: list[Usage] = []
 
     def ask(self, text: str = TEXT) -> Answer:
@@ -63,7 +66,7 @@ def new_asker(llm: StandIn) -> Iterator[MakeAsker]:
 
     yield new
     for asker in made:
-        asker.client.stop()
+        asker.throttle.stop()
         asker.client.close()
 
 
@@ -265,65 +268,80 @@ def test_a_passing_error_is_tried_again(asker: Asker, llm: StandIn, status: int)
     assert len(asker.spent) == 2
 
 
-@pytest.mark.parametrize(("status", "kind"), [(429, "rate_limited"), (500, "server_error")])
-def test_tries_are_bounded_and_all_ours(asker: Asker, llm: StandIn, status: int, kind: str) -> None:
-    llm.script(*[error(status, "Busy.", headers=AT_ONCE)] * 100)
+def test_tries_are_bounded_and_all_ours(asker: Asker, llm: StandIn) -> None:
+    llm.script(*[error(500, "Busy.", headers=AT_ONCE)] * 100)
 
     failure = asker.fail()
 
     assert isinstance(failure, TextFailed)
-    assert failure.kind == kind
+    assert failure.kind == "server_error"
     assert len(llm.calls) == len(asker.spent) == TRIES
 
 
-def test_retry_after_in_seconds_is_obeyed(asker: Asker, llm: StandIn) -> None:
-    llm.script(replace(RATE_LIMITED, headers={"Retry-After": "1"}), GOOD)
+BUSY = [429, 503]
+
+
+def busy(status: int, retry_after: str) -> Reply:
+    return error(status, "Busy.", headers={"Retry-After": retry_after})
+
+
+@pytest.mark.parametrize("status", BUSY)
+def test_retry_after_in_seconds_is_obeyed(asker: Asker, llm: StandIn, status: int) -> None:
+    llm.script(busy(status, "1"), GOOD)
 
     asker.ask()
 
-    assert 1.0 <= gaps(llm)[0] < 3.0
+    assert 0.9 <= gaps(llm)[0] < 5.0
 
 
-def test_retry_after_as_a_date_is_obeyed(asker: Asker, llm: StandIn) -> None:
+@pytest.mark.parametrize("status", BUSY)
+def test_retry_after_as_a_date_is_obeyed(asker: Asker, llm: StandIn, status: int) -> None:
     until = int(time.time()) + 2
-    llm.script(replace(RATE_LIMITED, headers={"Retry-After": formatdate(until, usegmt=True)}), GOOD)
+    llm.script(busy(status, formatdate(until, usegmt=True)), GOOD)
 
     asker.ask()
 
-    assert until <= llm.calls[1].time < until + 2
+    assert until <= llm.calls[1].time < until + 5
 
 
-def test_without_retry_after_the_client_pauses(asker: Asker, llm: StandIn) -> None:
-    llm.script(error(429, "Rate limit reached.", "rate_limit_exceeded"), GOOD)
+@pytest.mark.parametrize("status", BUSY)
+def test_without_retry_after_the_client_pauses(asker: Asker, llm: StandIn, status: int) -> None:
+    llm.script(error(status, "Busy."), GOOD)
 
     assert asker.ask().tags == ["animal"]
-    assert 0.5 <= gaps(llm)[0] < 3.0
+    assert 0.9 <= gaps(llm)[0] < 5.0
 
 
+@pytest.mark.parametrize("status", BUSY)
 @pytest.mark.parametrize("header", ["Wed, 21 Oct 2015 07:28:00 GMT", "-5", "0.0"])
-def test_a_retry_after_in_the_past_is_no_pause(asker: Asker, llm: StandIn, header: str) -> None:
-    llm.script(replace(RATE_LIMITED, headers={"Retry-After": header}), GOOD)
+def test_a_retry_after_in_the_past_is_no_pause(asker: Asker, llm: StandIn, header: str, status: int) -> None:
+    llm.script(busy(status, header), GOOD)
 
     assert asker.ask().tags == ["animal"]
-    assert gaps(llm)[0] < 0.5
+    assert gaps(llm)[0] < 0.9
 
 
+@pytest.mark.parametrize("status", BUSY)
 @pytest.mark.parametrize("header", ["soon", "nan"])
-def test_a_retry_after_that_says_nothing_is_passed_over(asker: Asker, llm: StandIn, header: str) -> None:
-    llm.script(replace(RATE_LIMITED, headers={"Retry-After": header}), GOOD)
+def test_a_retry_after_that_says_nothing_is_passed_over(asker: Asker, llm: StandIn, header: str, status: int) -> None:
+    llm.script(busy(status, header), GOOD)
 
     assert asker.ask().tags == ["animal"]
 
 
-@pytest.mark.parametrize("header", [f"{LONGEST_WAIT + 1:g}", "86400", "inf"])
+TOO_LONG = [f"{LONGEST_WAIT + 1:g}", "86400", "inf"]
+
+
+@pytest.mark.parametrize("header", TOO_LONG)
 def test_a_pause_too_long_leaves_the_text_to_the_next_run(asker: Asker, llm: StandIn, header: str) -> None:
-    llm.script(replace(RATE_LIMITED, headers={"Retry-After": header}))
+    llm.script(busy(503, header))
 
     failure = asker.fail()
 
     assert isinstance(failure, TextFailed)
-    assert failure.kind == "rate_limited"
+    assert failure.kind == "server_error"
     assert len(llm.calls) == len(asker.spent) == 1
+    assert asker.ask("a zebra").tags == ["animal"]
 
 
 def test_a_dropped_connection_is_tried_again(asker: Asker, llm: StandIn) -> None:
@@ -359,6 +377,194 @@ def test_asks_and_tries_have_one_bound_each(asker: Asker, llm: StandIn) -> None:
 
     assert asker.ask().tags == ["animal"]
     assert len(llm.calls) == len(asker.spent) == 6
+
+
+# HTTP 429: no try of a text, but a worker that goes slower
+
+
+def test_a_429_is_no_try_of_its_text(asker: Asker, llm: StandIn) -> None:
+    llm.script(*[RATE_LIMITED] * (3 * TRIES), GOOD)
+
+    assert asker.ask().tags == ["animal"]
+    assert len(llm.calls) == len(asker.spent) == 3 * TRIES + 1
+
+
+def test_429s_between_them_leave_a_texts_tries_bounded(asker: Asker, llm: StandIn) -> None:
+    llm.script(*[RATE_LIMITED, error(500, "Broken.", headers=AT_ONCE)] * 100)
+
+    failure = asker.fail()
+
+    assert isinstance(failure, TextFailed)
+    assert [call.status for call in llm.calls] == [429, 500] * TRIES
+
+
+@pytest.mark.parametrize("header", [f"{LONGEST_WAIT:g}", "1"])
+def test_one_429_holds_up_the_other_texts_too(asker: Asker, llm: StandIn, header: str) -> None:
+    llm.script(busy(429, header))
+    in_thread(asker.ask)
+    wait_until(lambda: len(asker.spent) == 1)
+    asked_at = time.time()
+    thread, ended = in_thread(lambda: asker.ask("a zebra"))
+
+    if header == "1":
+        thread.join(20)
+        assert llm.calls[1].time - llm.calls[0].time >= 0.9
+    else:
+        time.sleep(0.5)
+        assert (ended, len(llm.calls)) == ([], 1)
+    assert asked_at - llm.calls[0].time < 0.9
+
+
+@pytest.mark.parametrize("header", TOO_LONG)
+def test_a_pause_too_long_for_all_texts_stops_the_run(asker: Asker, llm: StandIn, header: str) -> None:
+    asker.ask("a zebra")
+    llm.script(busy(429, header))
+
+    failure = asker.fail()
+
+    assert isinstance(failure, LLMStopped)
+    assert failure.exit_code == 1
+    assert "over its rate" in str(failure)
+    assert asker.fail("a horse") is failure
+    assert len(llm.calls) == len(asker.spent) == 2
+
+
+def test_nothing_but_429s_for_long_stops_the_run(asker: Asker, llm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tagger.throttle.GIVE_UP_SECONDS", 0.5)
+    llm.rate_429, llm.retry_after = 1.0, 0.1
+
+    failure = asker.fail()
+
+    assert isinstance(failure, LLMStopped)
+    assert "429" in str(failure)
+    assert 3 <= len(llm.calls) == len(asker.spent)
+    assert asker.fail("a horse") is failure
+
+
+@pytest.mark.xfail(strict=True, reason="a refusal or an error of one text does not count as an answer")
+def test_other_answers_than_429_are_no_reason_to_stop(
+    asker: Asker, llm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.throttle.GIVE_UP_SECONDS", 0.5)
+    refused = error(400, "Your input is too long.", "context_length_exceeded", param="messages")
+    llm.script(*[busy(429, "0.4"), refused] * 3)
+
+    assert [asker.ask().reason for _ in range(3)] == ["context_length"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retry_after", [None, 0.05], ids=["no Retry-After", "Retry-After"])
+def test_every_text_is_answered_though_half_of_all_calls_are_429s_for_a_while(
+    new_asker: MakeAsker, llm: StandIn, monkeypatch: pytest.MonkeyPatch, retry_after: float | None
+) -> None:
+    monkeypatch.setattr("tagger.throttle.SHORTEST_PAUSE", 0.05)
+    monkeypatch.setattr("tagger.throttle.LONGEST_PAUSE", 0.2)
+    llm.rate_429, llm.retry_after, llm.latency = 0.5, retry_after, 0.02
+    asker = new_asker()
+    texts = [f"apple number {number}" for number in range(400)]
+    over = threading.Timer(5.0, lambda: setattr(llm, "rate_429", 0.0))
+    over.start()
+
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(asker.ask, texts))
+    over.cancel()
+
+    by_status = llm.stats()["by_status"]
+    assert [answer.tags for answer in answers] == [["fruit"]] * len(texts)
+    assert by_status["200"] == len(texts)
+    assert 10 <= by_status["429"] == len(llm.calls) - len(texts)
+    assert len(asker.spent) == len(llm.calls)
+    assert llm.max_in_flight <= 8
+
+
+# Rates
+
+
+class Counted:
+    """Rates that let all calls start, and note what they are told."""
+
+    def __init__(self) -> None:
+        self.reserved: list[float] = []
+        self.settled: list[float] = []
+
+    def reserve(self, tokens: float) -> float:
+        self.reserved.append(tokens)
+        return 0.0
+
+    def settle(self, tokens: float) -> None:
+        self.settled.append(tokens)
+
+
+def test_what_was_reserved_and_settled_is_what_was_used(new_asker: MakeAsker, llm: StandIn) -> None:
+    rates = Counted()
+    asker = new_asker(rates=rates)
+    llm.script(
+        completion("?", usage=token_usage(700, 7)),
+        completion('{"tags": ["animal"]}', usage=token_usage(900, 3, cached=800)),
+        RATE_LIMITED,
+        completion('{"tags": ["animal"]}', usage=token_usage(50, 3)),
+    )
+
+    asker.ask()
+    used_before_429 = sum(rates.reserved) + sum(rates.settled)
+    asker.ask("a zebra")
+
+    assert used_before_429 == pytest.approx(707 + 903)
+    assert len(rates.reserved) == len(llm.calls) == 4
+
+
+def test_a_first_call_is_expected_to_take_as_many_tokens_as_it_is_long(new_asker: MakeAsker) -> None:
+    short, long = Counted(), Counted()
+    new_asker(rates=short).ask("a zebra")
+    new_asker(rates=long).ask("a zebra " * 1000)
+
+    assert 2000 <= long.reserved[0] - short.reserved[0] <= 8000
+    assert 50 <= short.reserved[0] <= 2000
+
+
+def test_later_calls_are_expected_to_be_like_those_before(new_asker: MakeAsker, llm: StandIn) -> None:
+    rates = Counted()
+    asker = new_asker(rates=rates)
+    llm.script(*[completion('{"tags": []}', usage=token_usage(tokens, 0)) for tokens in (100, 300)])
+    for _ in range(3):
+        asker.ask()
+
+    assert rates.reserved[1:] == [100, 200]
+
+
+@pytest.mark.xfail(strict=True, reason="an endpoint that tells no usage gets all its tokens back, and so has no rate")
+def test_an_answer_without_usage_keeps_what_was_reserved_for_it(new_asker: MakeAsker, llm: StandIn) -> None:
+    rates = Counted()
+    asker = new_asker(rates=rates)
+    llm.script(*[with_body(usage=None)] * 2)
+    for _ in range(2):
+        asker.ask()
+
+    assert sum(rates.reserved) + sum(rates.settled) >= 100
+    assert rates.reserved[1] >= 50
+
+
+def test_each_call_counts_as_a_request_whatever_comes_of_it(new_asker: MakeAsker, llm: StandIn) -> None:
+    rates = Counted()
+    asker = new_asker(rates=rates)
+    llm.script(RATE_LIMITED, error(500, "Broken.", headers=AT_ONCE), completion("?"), GOOD)
+
+    asker.ask()
+
+    assert len(rates.reserved) == len(llm.calls) == 4
+
+
+@pytest.mark.slow
+def test_600_requests_a_minute_reach_the_endpoint_at_about_10_a_second(new_asker: MakeAsker, llm: StandIn) -> None:
+    asker = new_asker(rates=LocalRates(600, None))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(asker.ask, [f"apple {number}" for number in range(40)]))
+
+    times = sorted(call.time for call in llm.calls)
+    assert len(times) == 40
+    # ten at once, then one each 0.1 s
+    assert 2.5 <= times[-1] - times[0] < 10
 
 
 # Answers of a wrong shape
@@ -547,17 +753,18 @@ def test_the_message_names_the_endpoint_without_its_secrets(new_asker: MakeAsker
     assert "pass-in-url" not in message
 
 
-def test_a_wrong_key_stops_calls_that_wait_to_be_made_again(asker: Asker, llm: StandIn) -> None:
-    llm.script(replace(RATE_LIMITED, headers={"Retry-After": "60"}), STOPPING["wrong key"][0])
-    thread, ended = in_thread(asker.ask)
-    wait_until(lambda: len(llm.calls) == 1)
+@pytest.mark.parametrize("status", BUSY)
+def test_a_wrong_key_stops_calls_that_wait_to_be_made_again(asker: Asker, llm: StandIn, status: int) -> None:
+    llm.script(busy(status, "60"), replace(STOPPING["wrong key"][0], delay=1.0))
+    both = [in_thread(asker.ask), in_thread(lambda: asker.ask("a zebra"))]
 
-    failure = asker.fail()
-    thread.join(5)
+    for thread, _ in both:
+        thread.join(10)
 
-    assert isinstance(failure, LLMStopped)
-    assert ended == [failure]
-    assert len(llm.calls) == 2
+    ends = [end for _, ended in both for end in ended]
+    assert len(ends) == len(llm.calls) == 2
+    assert asker.client.stopped_by in ends
+    assert all(isinstance(end, (LLMStopped, Stopped)) for end in ends)
 
 
 def test_an_endpoint_that_never_answered_stops_the_run(new_asker: MakeAsker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,22 +862,22 @@ def test_any_text_arrives_as_it_is(asker: Asker, llm: StandIn, text: str) -> Non
 
 
 def test_stop_ends_calls_that_wait_at_once(asker: Asker, llm: StandIn) -> None:
-    llm.script(*[replace(RATE_LIMITED, headers={"Retry-After": "100"})] * 3)
+    llm.script(*[replace(busy(429, "100"), delay=0.5)] * 3)
     waiting = [in_thread(asker.ask) for _ in range(3)]
-    wait_until(lambda: len(llm.calls) == 3)
+    wait_until(lambda: len(asker.spent) == 3)
 
     stopped_at = time.monotonic()
-    asker.client.stop()
+    asker.throttle.stop()
     for thread, _ in waiting:
         thread.join(5)
 
-    assert time.monotonic() - stopped_at < 1.0
+    assert time.monotonic() - stopped_at < 4.0
     assert [type(end) for _, ended in waiting for end in ended] == [Stopped] * 3
     assert len(llm.calls) == len(asker.spent) == 3
 
 
 def test_after_stop_no_call_is_made(asker: Asker, llm: StandIn) -> None:
-    asker.client.stop()
+    asker.throttle.stop()
 
     assert isinstance(asker.fail(), Stopped)
     assert (llm.calls, asker.spent) == ([], [])
@@ -681,7 +888,7 @@ def test_a_call_in_flight_comes_to_its_end(asker: Asker, llm: StandIn) -> None:
     thread, ended = in_thread(asker.ask)
     wait_until(lambda: len(llm.calls) == 1)
 
-    asker.client.stop()
+    asker.throttle.stop()
     thread.join(5)
 
     assert ended == [Answer(["animal"], None, MODEL, "stop")]
@@ -695,7 +902,8 @@ UNHAPPY: dict[str, list[Reply]] = {
     "wrong key": [error(401, QUOTING, "invalid_api_key")],
     "rejected": [error(400, QUOTING)],
     "schema": [error(400, f"{QUOTING} against response_format")],
-    "rate limited": [error(429, QUOTING, headers=AT_ONCE)] * TRIES,
+    "rate limited": [error(429, QUOTING, headers=AT_ONCE)] * 3 + [error(400, QUOTING)],
+    "over its rate": [error(429, QUOTING, headers={"Retry-After": "86400"})],
     "server error": [error(500, QUOTING, headers=AT_ONCE)] * TRIES,
     "a page": [Reply(500, QUOTING.encode(), AT_ONCE)] * TRIES,
     "no JSON": [Reply(body=QUOTING.encode())],
@@ -749,7 +957,9 @@ def record_texts(caplog: pytest.LogCaptureFixture) -> list[str]:
         [RATE_LIMITED, GOOD],
         [completion("?"), RATE_LIMITED, GOOD],
         [completion("?")] * ASKS,
-        [RATE_LIMITED] * TRIES,
+        [*[RATE_LIMITED] * TRIES, GOOD],
+        [error(500, "Broken.", headers=AT_ONCE)] * TRIES,
+        [busy(429, "86400")],
         [AZURE_FILTER],
         [error(401, "No.", "invalid_api_key")],
         [Reply(body=b"no json")],

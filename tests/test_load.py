@@ -680,6 +680,21 @@ def test_a_damaged_record_fails_its_rows_until_the_next_run(either: Project, cap
     assert (either.target()[2].status, either.target()[2].tags) == ("tagged", ["fruit"])
 
 
+def test_a_target_is_filled_from_the_cache_a_part_at_a_time(either: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tagger.load.RECORDS_A_READ", 2)
+    put_rows(either, {number: f"apple {number % 5}" for number in range(7)})
+    either.run()
+    either.execute("DROP TABLE note_tags")
+    damage(either, "apple 3")
+
+    second = either.run("two")
+
+    assert (second.texts, second.cached, second.failed) == (5, 4, 1)
+    assert {row_id: row.tags for row_id, row in either.target().items()} == {
+        number: None if number == 3 else ["fruit"] for number in range(7)
+    }
+
+
 def test_what_a_killed_attempt_answered_is_taken_from_the_cache(project: Project) -> None:
     project.put(1, "apple")
     run = tagged(project, "one")

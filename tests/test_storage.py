@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from demo.processes import free_port
 from tagger.connections import Connection
 from tagger.exceptions import InputError, StorageError, TaggerError, Unreachable
+from tagger.runs import opened_parquet, read_parquet, writing_parquet
 from tagger.storage import Storage
 from tests.servers import S3Store
 
@@ -104,6 +107,103 @@ def test_prefixes_need_not_end_at_a_slash(storage: Storage) -> None:
         storage.put(path, b"x")
 
     assert [path for path, _ in storage.list("run/shard-1-")] == ["run/shard-1-1", "run/shard-1-2"]
+
+
+ODD_NAMES = [
+    "日本語",
+    "é e\u0301",
+    "🍎",
+    "a b",
+    " a",
+    "a+b",
+    "a%20b%",
+    "<Key>x</Key>",
+    "a&amp;b&b",
+    "'\"",
+    "]]>",
+    "a?b#c",
+    "~.-_",
+    "a\tb",
+]
+
+
+def test_odd_names_are_listed_as_they_are(storage: Storage) -> None:
+    sizes = {f"odd/{name}": number for number, name in enumerate(ODD_NAMES)}
+    for path, size in sizes.items():
+        storage.put(path, b"x" * size)
+
+    assert dict(storage.list("odd/")) == sizes
+
+
+def pages_of(store: S3Store) -> list[dict[str, Any]]:
+    """Returns the pages of a whole bucket, as the storage's client gives them."""
+    pages = (
+        connect(store)
+        ._client.get_paginator("list_objects_v2")
+        .paginate(Bucket=store.bucket, PaginationConfig={"PageSize": 2})
+    )
+    return [dict(page) for page in pages]
+
+
+def test_a_page_is_boto3s_own_but_for_what_is_not_needed_of_its_objects(s3_bucket: S3Store) -> None:
+    for number, name in enumerate(ODD_NAMES):
+        connect(s3_bucket).put(name, b"x" * number)
+    of_boto3 = list(
+        s3_bucket.client()
+        .get_paginator("list_objects_v2")
+        .paginate(Bucket=s3_bucket.bucket, PaginationConfig={"PageSize": 2})
+    )
+
+    pages = pages_of(s3_bucket)
+
+    assert len(pages) == len(ODD_NAMES) / 2
+    for page, expected in zip(pages, of_boto3, strict=True):
+        contents = [{"Key": item["Key"], "Size": item["Size"]} for item in expected["Contents"]]
+        rest = dict.fromkeys(("ResponseMetadata", "Contents"))
+        assert page | rest == {**expected} | rest
+        # had boto3's own parser been at work, there would be more
+        assert page["Contents"] == contents
+
+
+OBJECT = b"<Contents><Key>%b</Key><Size>%d</Size></Contents>"
+PAGE = b'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">%b</ListBucketResult>'
+
+
+@pytest.mark.parametrize(
+    ("body", "objects"),
+    [
+        pytest.param(PAGE % b"", [], id="empty"),
+        pytest.param(b"", [], id="no-body"),
+        pytest.param(PAGE % (OBJECT % (b"a", 1) + OBJECT % (b"b", 2)), [("a", 1), ("b", 2)], id="plain"),
+        pytest.param(
+            b"<ListBucketResult>" + OBJECT % (b"a", 1) + b"</ListBucketResult>", [("a", 1)], id="no-namespace"
+        ),
+        pytest.param(PAGE % (OBJECT % (b"&lt;&amp;&#x65e5;&#10;", 1)), [("<&日\n", 1)], id="entities"),
+        pytest.param(PAGE % (OBJECT % (b"<![CDATA[<&]]>", 1)), [("<&", 1)], id="cdata"),
+        pytest.param(PAGE % (OBJECT % (b"%41+%25", 1)), [("%41+%25", 1)], id="not-encoded"),
+        pytest.param(
+            PAGE % (b"<EncodingType>url</EncodingType>" + OBJECT % (b"%E6%97%A5+%2B%25&amp;", 1)),
+            [("日 +%&", 1)],
+            id="encoded",
+        ),
+        pytest.param(
+            PAGE
+            % (
+                b"\n <Contents>\n <Size>7</Size><Owner><ID>Key</ID><DisplayName>x</DisplayName></Owner>"
+                b"<Key>a</Key><!-- --></Contents>\n<KeyCount>1</KeyCount>"
+            ),
+            [("a", 7)],
+            id="other-order",
+        ),
+    ],
+)
+def test_a_page_in_any_form_is_read_as_boto3_reads_it(body: bytes, objects: list[tuple[str, int]]) -> None:
+    with FixedAnswer(answer("200 OK", body)) as server:
+        store = S3Store(server.endpoint, "key", "secret", "bucket")
+        of_boto3 = store.client().list_objects_v2(Bucket="bucket").get("Contents", [])
+
+        assert list(connect(store).list("")) == objects
+        assert [(item["Key"], item["Size"]) for item in of_boto3] == objects
 
 
 @pytest.mark.parametrize("size", [0, 10, 9_000_000], ids=["empty", "small", "multipart"])
@@ -308,3 +408,90 @@ def test_an_answer_of_s3_is_told_by_its_code_alone(
     assert type(error) is kind
     assert words in str(error)
     assert "told secret" not in str(error)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("reply", "kind", "words"),
+    [
+        pytest.param(s3_error("403 Forbidden", "AccessDenied"), InputError, "access denied", id="denied"),
+        pytest.param(s3_error("503 Slow Down", "SlowDown"), StorageError, "SlowDown", id="slow-down"),
+        pytest.param(s3_error("200 OK", "SlowDown"), StorageError, "SlowDown", id="slow-down-as-200"),
+        pytest.param(
+            answer("200 OK", b"<ListBucketResult><Contents>told secret"), StorageError, "500", id="body-cut-off"
+        ),
+        pytest.param(b"", Unreachable, "does not answer", id="hangs-up"),
+    ],
+)
+def test_an_error_of_a_listing_is_told_by_its_code_alone(
+    moto_server: S3Store, tmp_path: Path, reply: bytes, kind: type[TaggerError], words: str
+) -> None:
+    with FixedAnswer(reply) as server:
+        error = error_of(list_all, connect(moto_server, endpoint=server.endpoint), tmp_path)
+
+    assert type(error) is kind
+    assert words in str(error)
+    assert "told secret" not in str(error)
+
+
+# Parquet files
+
+NUMBERS = pa.schema([("number", pa.int64())])
+
+
+@pytest.fixture
+def numbers(s3_bucket: S3Store) -> Storage:
+    """A storage with a file of three row groups."""
+    storage = connect(s3_bucket)
+    with writing_parquet(storage, "numbers", NUMBERS) as parquet:
+        for start in (0, 10_000, 20_000):
+            parquet.write({"number": list(range(start, start + 10_000))})
+    return storage
+
+
+def test_a_parquet_file_is_read_in_parts(numbers: Storage) -> None:
+    with opened_parquet(numbers, "numbers") as parquet:
+        firsts = [parquet.read_row_group(i).column("number")[0].as_py() for i in range(parquet.num_row_groups)]
+
+    assert firsts == [0, 10_000, 20_000]
+    assert sum(batch.num_rows for batch in read_parquet(numbers, "numbers")) == 30_000
+
+
+def read_opened(storage: Storage) -> None:
+    with opened_parquet(storage, "numbers") as parquet:
+        for group in range(parquet.num_row_groups):
+            parquet.read_row_group(group)
+
+
+def read_batches(storage: Storage) -> None:
+    list(read_parquet(storage, "numbers"))
+
+
+@pytest.mark.parametrize("read", [read_opened, read_batches])
+@pytest.mark.parametrize("damage", ["no-file", "cut-off", "within"])
+def test_a_damaged_parquet_file_is_one_clear_error(
+    numbers: Storage, damage: str, read: Callable[[Storage], None]
+) -> None:
+    body = numbers.get("numbers") or b""
+    damaged = {"no-file": b"x" * 100, "cut-off": body[:-20], "within": body[:40_000] + bytes(200) + body[40_200:]}
+    numbers.put("numbers", damaged[damage])
+
+    with pytest.raises(StorageError, match=r"^s3://.*/numbers: damaged: run its step again$"):
+        read(numbers)
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("late"), ConnectionResetError(104, "reset"), ValueError("odd")])
+def test_what_is_raised_over_an_open_file_is_no_damage_of_it(numbers: Storage, raised: Exception) -> None:
+    with pytest.raises(type(raised)) as caught, opened_parquet(numbers, "numbers"):
+        raise raised
+
+    assert caught.value is raised
+
+
+def test_a_full_disk_is_one_clear_error(numbers: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not-there"))
+
+    with pytest.raises(StorageError, match=r"^temporary files in .*not-there: No such file or directory$"):
+        read_opened(numbers)
+    with pytest.raises(StorageError, match=r"^temporary files in "), writing_parquet(numbers, "new", NUMBERS):
+        pass

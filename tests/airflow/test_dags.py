@@ -16,6 +16,7 @@ import yaml
 
 from demo.stand_in import completion, error
 from tests.conftest import AIRFLOW_HOME, REPOSITORY
+from tests.databases import teach
 from tests.project import Project
 
 pytestmark = pytest.mark.xdist_group("airflow")
@@ -98,8 +99,7 @@ def test_failed_texts_below_the_threshold_leave_the_run_green(project: Project, 
     project.change(limits={"max_failed_fraction": 0.5})
     project.put(1, "apple")
     project.put(2, "zebra")
-    project.llm.script(*[completion("no json")] * 3)
-    project.change(llm={"concurrency": 1})
+    teach(project.llm, apple=completion("no json"))
 
     run = dags()["tag_notes"].test(logical_date=NIGHT)
 
@@ -110,8 +110,7 @@ def test_failed_texts_below_the_threshold_leave_the_run_green(project: Project, 
 def test_too_many_failed_texts_fail_the_run_at_report_after_loading_the_rest(project: Project, dags: Dags) -> None:
     project.put(1, "apple")
     project.put(2, "zebra")
-    project.llm.script(*[completion("no json")] * 3)
-    project.change(llm={"concurrency": 1})
+    teach(project.llm, apple=completion("no json"))
 
     run = dags()["tag_notes"].test(logical_date=NIGHT)
 
@@ -119,6 +118,30 @@ def test_too_many_failed_texts_fail_the_run_at_report_after_loading_the_rest(pro
     assert states(run)["tag"] == ["success"]
     assert states(run)["report"] == ["failed"]
     assert sorted(row.status for row in project.target().values()) == ["failed", "tagged"]
+
+
+@pytest.mark.slow
+def test_an_execution_timeout_ends_the_tag_step_soon_and_keeps_what_was_answered(project: Project, dags: Dags) -> None:
+    texts, concurrency = 200, 4
+    project.change(llm={"concurrency": concurrency})
+    for n in range(texts):
+        project.put(n, f"apple {n}")
+    project.llm.latency = 0.5
+    dag = dags()["tag_notes"]
+    dag.task_dict["tag"].partial_kwargs |= {"execution_timeout": timedelta(seconds=4), "retries": 0}
+
+    run = dag.test(logical_date=NIGHT)
+    asked = len(project.llm.calls)
+    project.llm.latency = 0.0
+
+    [tag] = [instance for instance in run.get_task_instances() if instance.task_id == "tag"]
+    assert (str(run.state), str(tag.state)) == ("failed", "failed")
+    assert (tag.end_date - tag.start_date).total_seconds() < 4 + 20
+    tagged = [row for row in project.target().values() if row.status == "tagged"]
+    assert 0 < len(tagged) == asked < texts  # also those in flight when the time was over
+
+    assert str(dag.test(logical_date=NIGHT + timedelta(days=1)).state) == "success"
+    assert len(project.llm.calls) == texts
 
 
 def test_broken_shard_does_not_keep_the_other_shards_tags_from_the_table(project: Project, dags: Dags) -> None:
