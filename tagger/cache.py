@@ -8,11 +8,11 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +20,8 @@ from tagger.exceptions import InputError, StorageError, Unreachable
 from tagger.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RECORD_VERSION = 1
 
@@ -29,8 +31,8 @@ SMALLEST_RECORD = 100
 STAND_IN_MODEL = "offline-stand-in"
 """The model that the offline stand-in of the demo answers as. It is no LLM: no other spec accepts its records."""
 
-WRITE_SECONDS = 60.0
-"""How long a record is tried to be written, beyond the tries of a single request."""
+PATIENCE_SECONDS = 60.0
+"""How long S3 may be away in the middle of the tag step, beyond the tries of a single request."""
 
 _THREADS = 16
 
@@ -103,6 +105,18 @@ def parse_record(body: bytes, model: str) -> Record:
     if record.model == STAND_IN_MODEL != model:
         raise DamagedRecord
     return record
+
+
+def patiently(request: Callable[[], T]) -> T:
+    """Make a request of S3 again while it fails, for `PATIENCE_SECONDS`: an answer that waits is paid for."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return request()
+        except (Unreachable, StorageError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(random.uniform(0.5, 1.5))
 
 
 class Cache:
@@ -203,19 +217,9 @@ class Cache:
             return {key: record for key, record in zip(ordered, records, strict=True) if record is not None}
 
     def write(self, key: str, record: Record) -> None:
-        """Write a key's record, once and whole. It is paid for: S3 may be away for a while."""
-        path, body = self.path(key), record.to_bytes()
-        until = time.monotonic() + WRITE_SECONDS
-        while True:
-            try:
-                self._storage.put(path, body)
-            except (Unreachable, StorageError):
-                if time.monotonic() > until:
-                    raise
-                time.sleep(random.uniform(0.5, 1.5))
-            else:
-                self._complete.add(key)
-                return
+        """Write a key's record, once and whole."""
+        self._storage.put(self.path(key), record.to_bytes())
+        self._complete.add(key)
 
     def remove(self, key: str) -> None:
         """Delete a key's record: its text is paid for again."""

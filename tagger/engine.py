@@ -7,6 +7,7 @@ What they lean on in gokart and luigi is written down, and checked, in `tests/te
 """
 
 import heapq
+import json
 import logging
 import queue
 import random
@@ -16,7 +17,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +31,8 @@ from luigi.task_register import Register
 from luigi.task_status import DONE, FAILED, PENDING
 
 from tagger.exceptions import Terminated
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 15.0
 """How long calls in flight may take to end when a build is interrupted."""
@@ -80,6 +83,17 @@ class Wave(Leaf[None]):
     A tree of any size is built in bounded memory if its leaves hang below waves. No leaf may hang below two of them.
     """
 
+    def deps(self) -> Any:
+        """Return the requirements, as luigi asks for them. It would go on without those that it does not get."""
+        try:
+            return super().deps()
+        except Exception as e:
+            raise _NotLaidOut(e) from None
+
+
+class _NotLaidOut(BaseException):
+    """No Exception: luigi goes on after those."""
+
 
 def build(task: gokart.TaskOnKart[Any], *, threads: int, stopped: threading.Event) -> bool:
     """Run a tree with `gokart.build`, up to `threads` tasks at a time; return whether all of it is complete.
@@ -90,20 +104,26 @@ def build(task: gokart.TaskOnKart[Any], *, threads: int, stopped: threading.Even
 
     Raises:
         Terminated: the process got SIGTERM.
+        Exception: that of a wave's `requires`, which ends the build.
     """
     workers: list[ThreadWorker] = []
     Register.disable_instance_cache()  # it would keep every task, and with it its text
     try:
-        with _installed(workers, stopped), _quiet(), _forgetting_handlers(), _terminable(), suppress(GokartBuildError):
-            gokart.build(task, return_value=False, log_level=logging.INFO, workers=threads)
+        with _installed(workers, stopped), _quiet(), _forgetting_handlers(), _terminable():
+            try:
+                gokart.build(task, return_value=False, log_level=logging.INFO, workers=threads)
+            except GokartBuildError:
+                pass  # what is complete tells
+            except BaseException:
+                stopped.set()
+                for worker in workers:
+                    worker.wait(STOP_SECONDS)
+                raise
         return task.complete()
-    except BaseException as e:
-        stopped.set()
-        for worker in workers:
-            worker.wait(STOP_SECONDS)
-        if isinstance(e, _Sigterm):
-            raise Terminated("stopped by SIGTERM; what was answered until then is kept") from None
-        raise
+    except _Sigterm:
+        raise Terminated("stopped by SIGTERM; what was answered until then is kept") from None
+    except _NotLaidOut as e:
+        raise e.args[0] from None
     finally:
         Register.clear_instance_cache()
 
@@ -123,8 +143,12 @@ class TaskThread(ContextManagedTaskProcess):
 
     def run(self) -> None:
         """Run the task; its result goes to the worker's queue."""
-        super().run()
-        self.ended = True
+        try:
+            super().run()
+        except BaseException as e:  # of a task's on_failure; the thread has others to run
+            logger.error("unexpected %s at the end of a task", type(e).__name__)
+        finally:
+            self.ended = True
 
     def is_alive(self) -> bool:
         """Return whether the task has not ended."""
@@ -142,8 +166,18 @@ class TaskThread(ContextManagedTaskProcess):
         """Tell the task of its failure. gokart keeps the exception: without its frames, which hold the text."""
         if isinstance(ex, TaskLockException):
             return _LOCKED
-        ex.__traceback__ = None
-        return super()._handle_run_exception(ex)
+        try:
+            return super()._handle_run_exception(ex)
+        finally:
+            _forget_frames(ex)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        error.__traceback__ = None
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 _LOCKED = "locked by another worker"
@@ -193,6 +227,7 @@ class ThreadWorker(Worker):
     def _run_tasks(self) -> None:
         while (task := self._threads.get()) is not None:
             task.run()
+            del task  # and its text
 
     def wait(self, seconds: float) -> None:
         """Wait until the running tasks have ended, at most so long."""
@@ -212,14 +247,13 @@ class ThreadWorker(Worker):
             del self._scheduled_tasks[task_id]
 
     def _get_work(self) -> Any:
-        if self._stopped.is_set():
-            self._stop_requesting_work = True
-        while self._waves and not self._stop_requesting_work and self._scheduler.runnable < self.worker_processes:
+        while self._waves and not self._stopped.is_set() and self._scheduler.runnable < self.worker_processes:
             position = random.randrange(len(self._waves))
             self._waves[position], self._waves[-1] = self._waves[-1], self._waves[position]
             self._laying_out = True
             self.add(self._waves.pop())
             self._laying_out = False
+        self._stop_requesting_work = self._stopped.is_set()
         return super()._get_work()
 
     def _create_task_process(self, task: luigi.Task) -> TaskThread:
@@ -275,7 +309,7 @@ class TreeScheduler(Scheduler):
             for wanting in self._wanted_by.pop(task_id, ()):
                 self._missing[wanting].discard(task_id)
                 self._offer(wanting)
-        elif status == FAILED and expl is not None and _LOCKED in expl:
+        elif status == FAILED and expl == json.dumps(_LOCKED):
             heapq.heappush(self._locked, (time.monotonic() + LOCKED_SECONDS, task_id))
         elif status != PENDING:
             self._missing.pop(task_id, None)

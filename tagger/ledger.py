@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any, Literal, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tagger.cache import Record, Usage
@@ -232,8 +234,8 @@ def read_attempts(run: Run, shard: int | None = None) -> list[Attempt]:
 def _read(run: Run, path: str) -> Attempt:
     body = run.storage.get(path) or b""
     try:
-        table = pq.read_table(io.BytesIO(body))
-        about: dict[str, Any] = json.loads((table.schema.metadata or {})[b"tagger"])
+        file = pq.ParquetFile(io.BytesIO(body))
+        about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[b"tagger"])
         shard, attempt = path.removesuffix(".parquet").rsplit("-", 2)[1:]
         return Attempt(
             shard=int(shard),
@@ -243,10 +245,24 @@ def _read(run: Run, path: str) -> Attempt:
             reason=about["reason"],
             started_at=datetime.fromisoformat(about["started_at"]),
             ended_at=datetime.fromisoformat(about["ended_at"]),
-            outcomes=[Outcome(**row) for row in table.to_pylist()],
+            outcomes=[
+                Outcome(*row)
+                for batch in file.iter_batches(batch_size=5000)
+                for row in zip(*(_values(batch.column(name)) for name in SCHEMA.names), strict=True)
+            ],
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         raise StorageError(f"{run.storage.url}/{path}: damaged; delete it to go on without its counts") from None
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Return a column's values, equal ones as one object: there may be a million outcomes."""
+    if pa.types.is_list(column.type):
+        parts = iter(_values(column.flatten()))
+        return [None if n is None else list(islice(parts, n)) for n in pc.list_value_length(column).to_pylist()]
+    encoded = column.dictionary_encode("encode")
+    values = encoded.dictionary.to_pylist()
+    return [values[i] for i in encoded.indices.to_pylist()]
 
 
 _RANK = {"tagged": 3, "refused": 3, "failed": 2, "asked": 1}

@@ -84,8 +84,15 @@ class Client:
         self._dataset = dataset
         self._client = client
         self._throttle = throttle
-        self._format = dataset.llm.params.get("response_format", response_format(dataset))
-        self._params = _request_options(client, dataset.llm.params)
+        self._params = _request_options(client, {"response_format": response_format(dataset), **dataset.llm.params})
+        # one for all: to make and drop its thread-local state for each call costs a tenth of the CPU
+        self._retrying = Retrying(
+            retry=retry_if_exception_type(_Again),
+            stop=self._is_enough,
+            wait=_wait,
+            sleep=self._sleep,
+            reraise=True,
+        )
         self._answered = threading.Event()
         self._tokens = self._calls = 0
         self.stopped_by: LLMStopped | None = None
@@ -139,15 +146,8 @@ class Client:
 
     def _complete(self, key: str, text: str, spend: Callable[[Usage], None]) -> ChatCompletion:
         """Make one call, repeated while that is of use."""
-        retrying = Retrying(
-            retry=retry_if_exception_type(_Again),
-            stop=self._is_enough,
-            wait=_wait,
-            sleep=self._sleep,
-            reraise=True,
-        )
         try:
-            return retrying(self._try, key, text, spend)
+            return self._retrying(self._try, key, text, spend)
         except _Again as e:
             kind, message = e.failed.kind, str(e.failed)
         if kind == "connection" and not self._answered.is_set():
@@ -186,7 +186,6 @@ class Client:
             completion = self._client.chat.completions.create(
                 model=self._dataset.llm.model,
                 messages=prompt,  # type: ignore[arg-type]
-                response_format=self._format,
                 **self._params,
             )
         except openai.APIStatusError as e:
@@ -303,11 +302,14 @@ def _usage(completion: ChatCompletion) -> Usage:
 
 
 def _request_options(client: openai.OpenAI, params: dict[str, Any]) -> dict[str, Any]:
-    """Return `llm.params` as the SDK takes them: those it does not know go into the body as they are."""
-    known = signature(client.chat.completions.create).parameters
-    options = {k: v for k, v in params.items() if k in known and k != "response_format"}
+    """Return the request's parameters as the SDK takes them: those it does not know go into the body as they are.
+
+    So does the answer's schema, which the SDK would go through value by value in each call.
+    """
+    known = signature(client.chat.completions.create).parameters.keys() - {"response_format"}
+    options = {k: v for k, v in params.items() if k in known}
     own = {k: v for k, v in params.items() if k not in known}
-    return {**options, "extra_body": {**own, **options.get("extra_body", {})}} if own else options
+    return {**options, "extra_body": {**own, **options.get("extra_body", {})}}
 
 
 def _is_plain(word: str) -> bool:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import LockError, RedisError
+from redis.exceptions import DataError, LockError, RedisError
 from redis.lock import Lock
 
 from tagger.connections import ping_redis, redis_failure
@@ -61,7 +61,7 @@ class RunLocks:
             yield
         finally:
             ended.set()
-            renewer.join()
+            renewer.join(1)  # Redis may hang
             module.RedisClient, wrappers.set_lock_scheduler = originals
 
     def get_redis_client(self) -> Redis:
@@ -89,8 +89,8 @@ class RunLocks:
             for lock in held:
                 try:
                     lock.extend(LOCK_SECONDS, replace_ttl=True)
-                except LockError:  # freed in this moment, or lost: its text may be asked twice then
-                    continue
+                except (LockError, DataError):  # freed in this moment, or lost: its text may be asked twice then
+                    self.forget(lock)
                 except RedisError as e:
                     logger.warning("lock `%s` cannot be renewed now: %s", self._conn_id, type(e).__name__)
                     break

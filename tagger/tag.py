@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from redis.exceptions import LockError, RedisError
 
-from tagger.cache import Cache, Record, Usage
+from tagger.cache import Cache, Record, Usage, patiently
 from tagger.connections import Connections, openai_client, redis_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError, TextFailed
@@ -44,12 +45,16 @@ class ShardTexts:
 
     def keys(self, wave: int) -> list[str]:
         """Return the keys of a wave's texts."""
-        keys: list[str] = self._file.read_row_group(wave, columns=["key"]).column("key").to_pylist()
+        keys: list[str] = self._read(wave, "key").column("key").to_pylist()
         return keys
+
+    def answered(self) -> int:
+        """Return the number of texts that are known to have a record."""
+        return sum(self._cache.complete(key) for wave in range(self.waves) for key in self.keys(wave))
 
     def unanswered(self, wave: int) -> Mapping[str, str]:
         """Return those texts of a wave, by key, that have no record yet."""
-        table = self._file.read_row_group(wave)
+        table = self._read(wave, "key", "row_id", "text")
         texts = {}
         columns = (table.column(name).to_pylist() for name in ("key", "row_id", "text"))
         for key, row_id, text in zip(*columns, strict=True):
@@ -57,6 +62,13 @@ class ShardTexts:
                 texts[key] = text
                 self.row_ids[key] = row_id
         return texts
+
+    def _read(self, wave: int, *columns: str) -> pa.Table:
+        try:
+            return self._file.read_row_group(wave, columns=list(columns))
+        except (pa.ArrowException, OSError) as e:
+            error = StorageError(f"the shard's texts cannot be read ({type(e).__name__}): run `tagger plan` again")
+        raise error
 
 
 class ShardAsker:
@@ -89,7 +101,9 @@ class ShardAsker:
 
     def found(self, key: str) -> Record | None:
         """Return the record that another worker, or an attempt that was killed, wrote since the plan."""
-        return self.cache.read(key) if self._recheck and self.cache.exists(key) else None
+        if not self._recheck:
+            return None
+        return patiently(lambda: self.cache.read(key) if self.cache.exists(key) else None)
 
     def ask(self, key: str, text: str) -> Record:
         """Ask the LLM for a text's tags and return the record to write.
@@ -184,9 +198,8 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
     throttle = Throttle(dataset.llm.concurrency, _rates(run, dataset, 1 if alone else len(plan.shards), redis))
     client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
     earlier = read_attempts(run, number)
-    answered = {key for key, o in latest_outcomes(earlier).items() if o.status in ("tagged", "refused")}
     cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
-    cache.assume(answered)
+    cache.assume(key for key, o in latest_outcomes(earlier).items() if o.status in ("tagged", "refused"))
     budget = None
     if dataset.limits.max_cost_usd is not None:
         spent = sum(o.cost_usd or 0.0 for attempt in earlier for o in attempt.outcomes)
@@ -207,10 +220,11 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
             locks=locks,
             recheck=bool(earlier) or locks is not None,
         )
-        if len(answered) < shard.texts:
+        answered = texts.answered()
+        if answered < shard.texts:
             if budget is not None and budget <= 0:
                 raise budget_reached()
-            with showing(shard, ledger, len(answered)):
+            with showing(shard, ledger, answered):
                 _build(dataset, shard, texts, asker, throttle, locks)
         counts = ledger.counts()
     logger.info("%s: %s", shard.name, ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing to do")

@@ -17,7 +17,7 @@ from gokart.target import TargetOnKart
 from gokart.utils import FlattenableItems
 from luigi.parameter import ParameterVisibility
 
-from tagger.cache import Cache, Record
+from tagger.cache import Cache, Record, patiently
 from tagger.engine import Leaf, Wave
 
 
@@ -52,7 +52,7 @@ class RecordTarget(TargetOnKart):
         custom_labels: object = None,
         required_task_outputs: object = None,
     ) -> None:
-        self._cache.write(self._key, obj)
+        patiently(lambda: self._cache.write(self._key, obj))
 
     def _remove(self) -> None:
         self._cache.remove(self._key)

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -104,8 +104,11 @@ class RedisRates:
 
     def settle(self, tokens: float) -> None:
         """Take so many tokens more (or less) than were reserved."""
+        from redis.exceptions import RedisError
+
         if self._per_token:
-            self._client.hincrbyfloat(self._key, "tokens", tokens * self._per_token)
+            with suppress(RedisError):  # an answer is at hand, and the next call will tell
+                self._client.hincrbyfloat(self._key, "tokens", tokens * self._per_token)
 
 
 class Throttle:

@@ -323,12 +323,11 @@ DEAF = """
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=subprocess.TimeoutExpired, reason="the thread dies, and the build never ends")
 def test_a_task_that_cannot_even_be_told_of_its_failure_holds_nobody_up() -> None:
     """Such as when the books cannot be written. The thread that it ran on must go on with the others."""
     command = [sys.executable, "-c", textwrap.dedent(DEAF)]
 
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
     assert done.stdout == "False ['a', 'b', 'c', 'd']\n"
 
@@ -545,16 +544,7 @@ def test_complete_leaves_of_a_wave_are_not_run() -> None:
     assert sorted(forest.started) == sorted([*forest.all_leaves[1::2], "root"])
 
 
-def test_a_wave_that_cannot_be_laid_out_leaves_other_waves_alone() -> None:
-    forest = Forest(6, 5)
-    forest.lay_out = lambda wave: fail(wave) if wave == "wave-2" else None
-
-    assert run(forest) is False
-    assert set(forest.all_leaves) - forest.done == set(forest.waves["wave-2"])
-
-
-@pytest.mark.xfail(strict=True, reason="the error is lost: nobody hears why a wave was left out")
-def test_why_a_wave_could_not_be_laid_out_is_told() -> None:
+def test_a_wave_that_cannot_be_laid_out_ends_the_build_with_its_error() -> None:
     """It may be S3 that went away: a step that left texts out must not end well because another text failed too."""
     forest = Forest(6, 5)
     forest.lay_out = lambda wave: fail(wave) if wave == "wave-2" else None
@@ -633,10 +623,7 @@ def fail_in_a_chain(name: str) -> None:
     [
         lambda name: None,
         fail,
-        pytest.param(
-            fail_in_a_chain,
-            marks=pytest.mark.xfail(strict=True, reason="gokart keeps the exception, and that its context's frames"),
-        ),
+        fail_in_a_chain,
     ],
     ids=["success", "failure", "failure upon failure"],
 )
@@ -645,7 +632,6 @@ def test_a_task_that_ended_is_held_by_nobody(work: Callable[[str], object]) -> N
 
 
 @pytest.mark.usefixtures("quick_collector")
-@pytest.mark.xfail(strict=True, reason="an idle thread holds the task that it ran last")
 def test_a_thread_does_not_hold_the_task_that_it_ran_last() -> None:
     assert texts_held_by_the_end(lambda name: None, threads=4) == []
 
@@ -918,7 +904,6 @@ def test_once_stopped_no_wave_is_laid_out() -> None:
     assert len(forest.laid_out) <= 4
 
 
-@pytest.mark.xfail(strict=True, reason="`stopped` is looked at once, before as many waves are laid out as are needed")
 def test_stopped_while_a_wave_is_laid_out_no_other_is_and_no_task_starts() -> None:
     stopped = threading.Event()
     forest = Forest(20, 1)
@@ -1075,7 +1060,6 @@ def test_an_interrupted_build_does_not_wait_longer_than_it_must() -> None:
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.xfail(strict=True, reason="gokart's log is on again, and its events are, while tasks are waited for")
 def test_tasks_that_fail_after_an_interruption_are_as_quiet_as_before(caplog: pytest.LogCaptureFixture) -> None:
     """Gokart logs each with its traceback, and in that is what an endpoint may have quoted of the text."""
     stopped = threading.Event()

@@ -110,7 +110,7 @@ def text_task(asker: NotedAsker, key: str = KEYS[0]) -> Any:
     return TagWithLLM(key=key, text=TEXT, asker=asker, **asker.lock)
 
 
-LOCK = {"should_lock_run": True, "redis_host": "redis_default", "redis_port": 0, "redis_timeout": 50}
+LOCK: dict[str, Any] = {"should_lock_run": True, "redis_host": "redis_default", "redis_port": 0, "redis_timeout": 50}
 
 
 # A text's record
@@ -198,7 +198,8 @@ def test_a_wave_needs_the_texts_without_a_record() -> None:
 
 
 def test_the_texts_of_a_wave_are_locked_where_there_is_a_lock() -> None:
-    for lock in (LOCK, {}, LOCK):
+    settings: list[dict[str, Any]] = [LOCK, {}, LOCK]
+    for lock in settings:
         root, _, _ = tree(**lock)
         tasks = root.requires()[0].requires()
 
