@@ -43,7 +43,6 @@ LOCKED_SECONDS = 1.0
 POLL_SECONDS = 0.2
 """How often a worker looks whether it is stopped, or whether a locked task's time has come."""
 
-
 T = TypeVar("T")
 
 
@@ -84,7 +83,7 @@ class Wave(Leaf[None]):
     """
 
     def deps(self) -> Any:
-        """Return the requirements, as luigi asks for them. It would go on without those that it does not get."""
+        """Return the requirements; where that fails, end the build, as luigi would go on without them."""
         try:
             return super().deps()
         except Exception as e:
@@ -160,7 +159,6 @@ class TaskThread(ContextManagedTaskProcess):
     @property
     def exitcode(self) -> None:
         """A thread has none; how the task ended is on the result queue."""
-        return None
 
     def _handle_run_exception(self, ex: BaseException) -> str:
         """Tell the task of its failure. gokart keeps the exception: without its frames, which hold the text."""
@@ -215,8 +213,7 @@ class ThreadWorker(Worker):
         """Start the threads. They are daemons: a call that hangs holds up no exit."""
         for _ in range(self.worker_processes):
             threading.Thread(target=self._run_tasks, name="tag", daemon=True).start()
-        super().__enter__()
-        return self
+        return super().__enter__()  # type: ignore[return-value]
 
     def __exit__(self, *error: Any) -> Literal[False]:
         """Let the threads end, each with its task."""
@@ -248,10 +245,8 @@ class ThreadWorker(Worker):
 
     def _get_work(self) -> Any:
         while self._waves and not self._stopped.is_set() and self._scheduler.runnable < self.worker_processes:
-            position = random.randrange(len(self._waves))
-            self._waves[position], self._waves[-1] = self._waves[-1], self._waves[position]
             self._laying_out = True
-            self.add(self._waves.pop())
+            self.add(_pop_any(self._waves))
             self._laying_out = False
         self._stop_requesting_work = self._stopped.is_set()
         return super()._get_work()
@@ -271,6 +266,12 @@ class ThreadWorker(Worker):
 
     def _purge_children(self) -> None:
         """Do nothing: a thread ends with a result."""
+
+
+def _pop_any(items: list[T]) -> T:
+    position = random.randrange(len(items))
+    items[position], items[-1] = items[-1], items[position]
+    return items.pop()
 
 
 class TreeScheduler(Scheduler):
@@ -296,12 +297,7 @@ class TreeScheduler(Scheduler):
         return task_id in self._missing
 
     def add_task(
-        self,
-        task_id: str,
-        status: str = PENDING,
-        deps: list[str] | None = None,
-        expl: str | None = None,
-        **_: Any,
+        self, task_id: str, status: str = PENDING, deps: list[str] | None = None, expl: str | None = None, **_: Any
     ) -> None:
         """Take in a task, or the end of its run."""
         if status == DONE:
@@ -329,11 +325,7 @@ class TreeScheduler(Scheduler):
         while self._locked and self._locked[0][0] <= now:
             self._runnable.append(heapq.heappop(self._locked)[1])
         waiting = len(self._runnable) + len(self._locked)
-        task_id = None
-        if self._runnable:
-            position = random.randrange(len(self._runnable))
-            self._runnable[position], self._runnable[-1] = self._runnable[-1], self._runnable[position]
-            task_id = self._runnable.pop()
+        task_id = _pop_any(self._runnable) if self._runnable else None
         return {"task_id": task_id, "running_tasks": [], "n_pending_tasks": waiting, "n_unique_pending": 0}
 
 
@@ -358,7 +350,7 @@ def _installed(workers: list[ThreadWorker], stopped: threading.Event) -> Iterato
 
 
 class _Sigterm(BaseException):
-    """No Exception: luigi goes on after those."""
+    """No Exception, as `_NotLaidOut`."""
 
 
 @contextmanager

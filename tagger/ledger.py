@@ -13,11 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tagger.cache import Record, Usage
@@ -83,7 +81,20 @@ class Attempt:
     reason: str | None
     started_at: datetime
     ended_at: datetime
-    outcomes: list[Outcome]
+    file: pq.ParquetFile
+    """A row per text, with the columns of `SCHEMA`; read in parts, for there may be a million."""
+
+    @property
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield the rows, one after the other."""
+        for batch in self.file.iter_batches(batch_size=5000):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield Outcome(*row)
+
+    def values(self, name: str) -> list[Any]:
+        """Return one column of all rows."""
+        values: list[Any] = self.file.read(columns=[name]).column(0).to_pylist()
+        return values
 
 
 class Ledger:
@@ -234,7 +245,11 @@ def read_attempts(run: Run, shard: int | None = None) -> list[Attempt]:
 def _read(run: Run, path: str) -> Attempt:
     body = run.storage.get(path) or b""
     try:
-        file = pq.ParquetFile(io.BytesIO(body))
+        file = pq.ParquetFile(pa.BufferReader(body))
+        if file.schema_arrow.names != SCHEMA.names:
+            raise ValueError("other columns")
+        for _ in file.iter_batches(batch_size=5000):  # so that damage shows here
+            pass
         about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[b"tagger"])
         shard, attempt = path.removesuffix(".parquet").rsplit("-", 2)[1:]
         return Attempt(
@@ -245,35 +260,37 @@ def _read(run: Run, path: str) -> Attempt:
             reason=about["reason"],
             started_at=datetime.fromisoformat(about["started_at"]),
             ended_at=datetime.fromisoformat(about["ended_at"]),
-            outcomes=[
-                Outcome(*row)
-                for batch in file.iter_batches(batch_size=5000)
-                for row in zip(*(_values(batch.column(name)) for name in SCHEMA.names), strict=True)
-            ],
+            file=file,
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         raise StorageError(f"{run.storage.url}/{path}: damaged; delete it to go on without its counts") from None
 
 
-def _values(column: pa.Array) -> list[Any]:
-    """Return a column's values, equal ones as one object: there may be a million outcomes."""
-    if pa.types.is_list(column.type):
-        parts = iter(_values(column.flatten()))
-        return [None if n is None else list(islice(parts, n)) for n in pc.list_value_length(column).to_pylist()]
-    encoded = column.dictionary_encode("encode")
-    values = encoded.dictionary.to_pylist()
-    return [values[i] for i in encoded.indices.to_pylist()]
+class Latest(NamedTuple):
+    """What became of a text, in as little memory as that takes: a run may have a million."""
+
+    row_id: str
+    status: str
+    tags: tuple[str, ...] | None
+    model: str | None
+    kind: str | None
+    error: str | None
+    answered_at: datetime | None
 
 
 _RANK = {"tagged": 3, "refused": 3, "failed": 2, "asked": 1}
 
 
-def latest_outcomes(attempts: Iterable[Attempt]) -> dict[str, Outcome]:
+def latest_outcomes(attempts: Iterable[Attempt]) -> dict[str, Latest]:
     """Return each text's outcome over all attempts: an answer counts more than a failure, later more than earlier."""
-    outcomes: dict[str, Outcome] = {}
+    latest: dict[str, Latest] = {}
+    known: dict[Any, Any] = {}  # equal values are one object
     for attempt in attempts:
         for outcome in attempt.outcomes:
-            known = outcomes.get(outcome.key)
-            if known is None or _RANK[outcome.status] >= _RANK[known.status]:
-                outcomes[outcome.key] = outcome
-    return outcomes
+            earlier = latest.get(outcome.key)
+            if earlier is None or _RANK[outcome.status] >= _RANK[earlier.status]:
+                tags = None if outcome.tags is None else tuple(outcome.tags)
+                few = (outcome.status, tags, outcome.model, outcome.kind, outcome.error)
+                shared = (known.setdefault(value, value) for value in few)
+                latest[outcome.key] = Latest._make((outcome.row_id, *shared, outcome.answered_at))
+    return latest

@@ -8,9 +8,12 @@ snapshot older than its own `snapshot_at`.
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable
+from datetime import datetime
 from itertools import islice
-from typing import Any
+from sys import intern
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -18,21 +21,37 @@ from tagger.cache import Cache, Record
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
-from tagger.ledger import Outcome, latest_outcomes, read_attempts
+from tagger.ledger import Latest, latest_outcomes, read_attempts
 from tagger.runs import IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
 from tagger.tables import connecting, existing_target, new_target, only_writer
 
 logger = logging.getLogger(__name__)
 
 RECORDS_A_READ = 5000
-"""Cached records fetched before their rows are updated: what bounds the memory of a target that is filled anew."""
+"""Cached records fetched at once: what bounds the memory where many are needed."""
 
 GOOD = ("tagged", "refused")
 """Statuses that are an answer to the present text."""
 
 TOO_LONG = "too_long"
-DAMAGED = "the cache record was damaged; the next run tags the text again"
-NOT_ASKED = "not asked: the shard ended early; the next run asks"
+
+
+class Answer(NamedTuple):
+    """What a row's text came to, by the stage's columns. The answers to a million texts must fit into memory."""
+
+    status: str
+    answered: bool = False
+    """Whether it is by a record, which the columns below tell of."""
+    error: str | None = None
+    tags: tuple[str, ...] | None = None
+    model: str | None = None
+    tagged_at: datetime | None = None
+
+
+BLANK = Answer("blank")
+CACHED = Answer("cached", answered=True)
+SKIPPED = Answer("skipped", error="not asked: the shard ended early; the next run asks")
+DAMAGED = Answer("failed", error="the cache record was damaged; the next run tags the text again")
 
 
 def load_back(run: Run, connections: Connections) -> Loaded:
@@ -62,9 +81,8 @@ def load_back(run: Run, connections: Connections) -> Loaded:
             written = loading.write()
             deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
             tags = loading.tag_counts()
-    counts = dict.fromkeys(("tagged", "refused", "failed", "skipped", "pending"), 0)
-    for status, _, _ in answers.values():
-        counts[status] += 1
+    statuses = Counter(answer.status for answer in answers.values())
+    counts = {status: statuses[status] for status in ("tagged", "refused", "failed", "skipped", "pending")}
     loaded = Loaded(
         written=written,
         deleted=deleted,
@@ -82,59 +100,45 @@ def load_back(run: Run, connections: Connections) -> Loaded:
     return loaded
 
 
-Answer = tuple[str, str | None, Record | Outcome | None]
-"""A new text's status, error and answer."""
-
-
 def _answers(run: Run, planned: Plan, cache: Cache) -> dict[str, Answer]:
     """Return what became of the plan's new texts, by key: from the attempts' books, and from the cache for the rest."""
     outcomes = latest_outcomes(read_attempts(run))
     answers: dict[str, Answer] = {}
     for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id)):
         for key in batch.column("key").to_pylist():
-            outcome = outcomes.get(key)
-            if outcome is None or outcome.status == "asked":
-                answers[key] = ("skipped", NOT_ASKED, None)
-            elif outcome.status == "failed":
-                answers[key] = ("failed", f"{outcome.kind}: {outcome.error}", None)
-            else:
-                answers[key] = (outcome.status, outcome.kind, outcome)
-    unanswered = cache.find(key for key, answer in answers.items() if answer[2] is None)
-    for key, record in cache.read_many(unanswered).items():
-        answers[key] = (record.status, record.reason, record)
+            answers[key] = _of_outcome(outcomes.pop(key, None))
+    unanswered = iter(cache.find(key for key, answer in answers.items() if not answer.answered))
+    while keys := list(islice(unanswered, RECORDS_A_READ)):
+        answers.update((key, _of_record(record)) for key, record in cache.read_many(keys).items())
     return answers
+
+
+def _of_outcome(outcome: Latest | None) -> Answer:
+    if outcome is None or outcome.status == "asked":
+        return SKIPPED
+    if outcome.status == "failed":
+        return Answer("failed", error=intern(f"{outcome.kind}: {outcome.error}"))
+    tags = outcome.tags if outcome.status == "tagged" else None
+    return Answer(outcome.status, True, outcome.kind, tags, outcome.model, outcome.answered_at)
+
+
+def _of_record(record: Record) -> Answer:
+    tags = tuple(map(intern, record.tags)) if record.status == "tagged" else None
+    reason = None if record.reason is None else intern(record.reason)
+    return Answer(record.status, True, reason, tags, intern(record.model), record.created_at)
 
 
 def _staged(
     run: Run, dataset: Dataset, planned: Plan, ids: IdType, answers: dict[str, Answer]
 ) -> Iterable[list[dict[str, Any]]]:
-    too_long = f"{TOO_LONG}: over {dataset.source.max_chars} characters"
+    refused = Answer("refused", error=f"{TOO_LONG}: over {dataset.source.max_chars} characters")
     for batch in read_parquet(run.storage, rows_path(run, planned.plan_id)):
         columns = (batch.column(name).to_pylist() for name in ("id", "key", "too_long"))
         staged = []
         for row_id, key, is_too_long in zip(*columns, strict=True):
-            row: dict[str, Any] = {
-                "row_id": uuid.UUID(row_id) if ids == "uuid" else row_id,
-                "key": key,
-                "status": "cached",
-                "answered": True,
-                **_values(None, None),
-            }
-            if key is None:
-                row["status"] = "blank"
-            elif is_too_long:
-                row.update(status="refused", error=too_long, answered=False)
-            elif key in answers:
-                status, error, answer = answers[key]
-                row.update(status=status, answered=answer is not None, **_values(answer, error))
-            staged.append(row)
+            answer = BLANK if key is None else refused if is_too_long else answers.get(key, CACHED)
+            staged.append({"row_id": uuid.UUID(row_id) if ids == "uuid" else row_id, "key": key, **answer._asdict()})
         yield staged
-
-
-def _values(answer: Record | Outcome | None, error: str | None) -> dict[str, Any]:
-    tags = answer.tags if answer is not None and answer.status == "tagged" else None
-    at = answer.created_at if isinstance(answer, Record) else answer.answered_at if answer is not None else None
-    return {"error": error, "tags": tags, "model": answer.model if answer is not None else None, "tagged_at": at}
 
 
 class Loading:
@@ -189,23 +193,13 @@ class Loading:
         )
         with self._connection.begin():
             wanted = iter([(str(key), str(row_id)) for key, row_id in self._connection.execute(query)])
-        update = (
-            stage.update()
-            .where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
-            .values(status=sa.bindparam("new_status"), answered=sa.bindparam("new_answered"))
-            .values({name: sa.bindparam(name) for name in ("error", "tags", "model", "tagged_at")})
-        )
+        update = stage.update().where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
         damaged: list[str] = []
         while rows := dict(islice(wanted, RECORDS_A_READ)):
             records = cache.read_many(rows)  # no transaction is open while S3 is read
-            values: list[dict[str, Any]] = []
-            for key in rows:
-                record = records.get(key)
-                status, error = ("failed", DAMAGED) if record is None else (record.status, record.reason)
-                found = {"wanted": key, "new_status": status, "new_answered": record is not None}
-                values.append({**found, **_values(record, error)})
+            found = {key: _of_record(records[key]) if key in records else DAMAGED for key in rows}
             with self._connection.begin():
-                self._connection.execute(update, values)
+                self._connection.execute(update, [{"wanted": key, **found[key]._asdict()} for key in rows])
             damaged += [row_id for key, row_id in rows.items() if key not in records]
         return len(damaged), next(iter(damaged), None)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from typing import Literal
 
@@ -11,7 +11,7 @@ from pydantic import AwareDatetime
 from tagger.cache import Cache
 from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
-from tagger.ledger import Attempt, Outcome, latest_outcomes, read_attempts
+from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
 from tagger.runs import File, Loaded, Plan, Run, utc_now
 from tagger.storage import Storage
 
@@ -79,14 +79,14 @@ def report(run: Run) -> Summary:
     dataset, taken, planned = run.dataset(), run.snapshot(), run.plan()
     loaded = run.read("load.json", Loaded)
     attempts = read_attempts(run)
-    outcomes = list(chain.from_iterable(attempt.outcomes for attempt in attempts))
-    costs = [outcome.cost_usd for outcome in outcomes]
+    costs = list(chain.from_iterable(attempt.values("cost_usd") for attempt in attempts))
     present = [attempt for attempt in attempts if attempt.plan_id == planned.plan_id]
-    errors = _errors(planned, loaded, present)
-    reasons = list(_problems(dataset, planned, loaded, present))
+    outcomes = latest_outcomes(present).values()
+    errors = _errors(planned, loaded, outcomes)
+    reasons = list(_problems(dataset, planned, loaded, present, outcomes))
     damaged = loaded.damaged if loaded else 0
     cached = planned.cached - damaged
-    new = _new_texts(planned, loaded, present)
+    new = _new_texts(planned, loaded, outcomes)
     seconds = {"snapshot": taken.seconds, "plan": planned.seconds, "tag": 0.0, "load": loaded.seconds if loaded else 0}
     if present:
         started = min(attempt.started_at for attempt in present)
@@ -115,10 +115,10 @@ def report(run: Run) -> Summary:
         failed=new["failed"] + damaged,
         skipped=new["skipped"],
         pending=new["pending"],
-        llm_requests=sum(outcome.requests for outcome in outcomes),
-        input_tokens=sum(outcome.input_tokens for outcome in outcomes),
-        cached_input_tokens=sum(outcome.cached_input_tokens for outcome in outcomes),
-        output_tokens=sum(outcome.output_tokens for outcome in outcomes),
+        llm_requests=_total(attempts, "requests"),
+        input_tokens=_total(attempts, "input_tokens"),
+        cached_input_tokens=_total(attempts, "cached_input_tokens"),
+        output_tokens=_total(attempts, "output_tokens"),
         cost_usd=None if None in costs else sum(cost or 0.0 for cost in costs),
         saved_usd=None if mean_cost is None else cached * mean_cost,
         seconds={step: round(value, 3) for step, value in seconds.items()},
@@ -133,17 +133,23 @@ def report(run: Run) -> Summary:
     return summary
 
 
-def _new_texts(planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> dict[str, int]:
+def _total(attempts: list[Attempt], column: str) -> int:
+    return sum(sum(attempt.values(column)) for attempt in attempts)
+
+
+def _new_texts(planned: Plan, loaded: Loaded | None, outcomes: Collection[Latest]) -> dict[str, int]:
     """Return the plan's new texts by status: as loaded, or where nothing was loaded, as the shards left them."""
     statuses = ("tagged", "refused", "failed", "skipped", "pending")
     if loaded is not None:
         return {status: getattr(loaded, status) for status in statuses}
-    counts = Counter(outcome.status for outcome in latest_outcomes(attempts).values())
+    counts = Counter(outcome.status for outcome in outcomes)
     ended = {status: counts[status] for status in ("tagged", "refused", "failed")}
     return {**ended, "skipped": planned.new - sum(ended.values()), "pending": 0}
 
 
-def _problems(dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> Iterator[str]:
+def _problems(
+    dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: list[Attempt], outcomes: Collection[Latest]
+) -> Iterator[str]:
     """Yield why the run is not acceptable."""
     latest = {attempt.shard: attempt for attempt in attempts}
     for shard in planned.shards:
@@ -161,7 +167,7 @@ def _problems(dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: 
         yield loaded.problem
     asked = loaded.tagged + loaded.refused + loaded.failed
     if loaded.failed > dataset.limits.max_failed_fraction * asked:
-        failures = _by_kind(outcome for outcome in latest_outcomes(attempts).values() if outcome.status == "failed")
+        failures = _by_kind(outcome for outcome in outcomes if outcome.status == "failed")
         kinds = ", ".join(f"{kind} {e.count} (row {e.row_id})" for kind, e in failures.items())
         yield (
             f"{loaded.failed} of {asked} texts failed, more than `limits.max_failed_fraction` "
@@ -169,8 +175,8 @@ def _problems(dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: 
         )
 
 
-def _errors(planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> dict[str, ErrorCount]:
-    errors = _by_kind(latest_outcomes(attempts).values())
+def _errors(planned: Plan, loaded: Loaded | None, outcomes: Collection[Latest]) -> dict[str, ErrorCount]:
+    errors = _by_kind(outcomes)
     if planned.too_long_row is not None:
         errors["too_long"] = ErrorCount(count=planned.too_long, row_id=planned.too_long_row)
     if loaded is not None and loaded.damaged_row is not None:
@@ -178,7 +184,7 @@ def _errors(planned: Plan, loaded: Loaded | None, attempts: list[Attempt]) -> di
     return errors
 
 
-def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, ErrorCount]:
+def _by_kind(outcomes: Iterable[Latest]) -> dict[str, ErrorCount]:
     errors: dict[str, ErrorCount] = {}
     for outcome in outcomes:
         if outcome.kind is not None:

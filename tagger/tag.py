@@ -202,7 +202,7 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
     cache.assume(key for key, o in latest_outcomes(earlier).items() if o.status in ("tagged", "refused"))
     budget = None
     if dataset.limits.max_cost_usd is not None:
-        spent = sum(o.cost_usd or 0.0 for attempt in earlier for o in attempt.outcomes)
+        spent = sum(cost or 0.0 for attempt in earlier for cost in attempt.values("cost_usd"))
         budget = dataset.limits.max_cost_usd / len(plan.shards) - spent
     with (
         closing(client),

@@ -200,7 +200,12 @@ class S3Proxy:
 
             do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_request
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exception(), OSError):  # which is a client that hung up
+                    super().handle_error(request, client_address)
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.store = replace(behind, endpoint=f"http://127.0.0.1:{self._server.server_port}")
 
