@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from tagger.cache import Record, Usage
 from tagger.dataset import Price
-from tagger.exceptions import StorageError, TaggerError
+from tagger.exceptions import StorageError, TaggerError, Terminated
 from tagger.price import cost_usd
 from tagger.runs import Run, utc_now
 
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
 """The design asks for at most 10; a write may take some of it."""
+
+CLOSE_SECONDS = 3.0
+"""How long the last write may take of a process that is told to end; without it the attempt stays `running`."""
 
 OutcomeStatus = Literal["asked", "tagged", "refused", "failed"]
 
@@ -88,7 +91,8 @@ class Attempt:
     def outcomes(self) -> Iterator[Outcome]:
         """Yield the rows, one after the other."""
         for batch in self.file.iter_batches(batch_size=5000):
-            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            others = (column.to_pylist() for column in batch.columns[:-1])
+            for row in zip(*others, _instants(batch.column("answered_at")), strict=True):
                 yield Outcome(*row)
 
     def values(self, name: str) -> list[Any]:
@@ -133,15 +137,20 @@ class Ledger:
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self._closing.set()
+        if error is None:
+            self._flusher.join()
+            self._write("done", None)
+            return
+        closer = threading.Thread(target=self._close_broken, args=(error,), name="ledger", daemon=True)
+        closer.start()
+        is_told_to_end = isinstance(error, Terminated) or not isinstance(error, Exception)
+        closer.join(CLOSE_SECONDS if is_told_to_end else None)
+
+    def _close_broken(self, error: BaseException) -> None:
         self._flusher.join()
         try:
-            if error is None:
-                self._write("done", None)
-            else:
-                self._write("broken", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            self._write("broken", str(error).splitlines()[0] if str(error) else type(error).__name__)
         except TaggerError as e:
-            if error is None:
-                raise StorageError(str(e)) from None
             logger.warning("the books of this attempt could not be closed: %s", e)
 
     def spend(self, key: str, row_id: str, usage: Usage) -> None:
@@ -264,6 +273,12 @@ def _read(run: Run, path: str) -> Attempt:
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         raise StorageError(f"{run.storage.url}/{path}: damaged; delete it to go on without its counts") from None
+
+
+def _instants(column: pa.Array) -> list[datetime | None]:
+    """Return times in UTC. Where they have a zone, Arrow imports pandas to convert them, and takes 4 µs for each."""
+    times = column.cast(pa.timestamp("us")).to_pylist()
+    return [None if time is None else time.replace(tzinfo=UTC) for time in times]
 
 
 class Latest(NamedTuple):

@@ -165,11 +165,12 @@ class Client:
             if isinstance(result, ChatCompletion):
                 usage = _usage(result)
                 spend(usage)
-                self._throttle.answered(usage.input + usage.output - tokens)
-                self._tokens, self._calls = self._tokens + usage.input + usage.output, self._calls + 1
+                self._throttle.answered(self._more_than(tokens, usage.input + usage.output))
                 return result
             spend(Usage())
             if not isinstance(result, _SlowDown):
+                if not isinstance(result, _Again):
+                    self._throttle.answered(0)
                 raise result
             if result.wait is not None and result.wait > LONGEST_WAIT:
                 raise self._refused(f"{self._endpoint()} is over its rate and asks for a pause of {result.wait:.0f} s")
@@ -199,6 +200,13 @@ class Client:
         if isinstance(completion, ChatCompletion):
             return completion
         return TextFailed("bad_response", "the server's answer is no chat completion")
+
+    def _more_than(self, expected: float, tokens: int) -> float:
+        """Return how many tokens more than expected a call took; nothing where the endpoint does not tell."""
+        if not tokens:
+            return 0.0
+        self._tokens, self._calls = self._tokens + tokens, self._calls + 1
+        return tokens - expected
 
     def _expected_tokens(self, prompt: list[dict[str, str]]) -> float:
         """Return what a call will take: the mean of those before, or for the first ones a guess by their length."""

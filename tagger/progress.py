@@ -82,10 +82,11 @@ def _bar(shard: Shard, progress: Progress, ended: threading.Event) -> None:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} texts, {postfix}"
+    form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} texts{postfix}"
+    name, done = f"shard {shard.shard}/{shard.of}", progress.done()
     with (
         logging_redirect_tqdm(),
-        tqdm(total=shard.texts, desc=f"shard {shard.shard}/{shard.of}", bar_format=form, dynamic_ncols=True) as bar,
+        tqdm(total=shard.texts, initial=done, desc=name, bar_format=form, dynamic_ncols=True) as bar,
     ):
         going = True
         while going:

@@ -162,7 +162,7 @@ class ShardAsker:
             self._stop(self._locks.failure(error))
         elif not isinstance(error, Stopped):
             # The answer may be paid for and not written. Its tags are in nobody's hands: ask no further.
-            self._ledger.failed(key, row_id, "storage", "the answer could not be written")
+            self._ledger.failed(key, row_id, "storage", "its record could not be read or written")
             known = isinstance(error, (StorageError, InputError))
             self._stop(StorageError(str(error)) if known else TaggerError(f"unexpected {type(error).__name__}"))
 

@@ -20,7 +20,11 @@ GIVE_UP_SECONDS = 600.0
 """Of nothing but 429s. The shard stops then: it is no peak, but a limit that the account has reached."""
 
 BURST_SECONDS = 1.0
-"""How much of a rate may be used at once. The rates are lowered so much that no 60 s hold more than their limit."""
+"""How much of a rate may be used at once. The rates are lowered so much that no 60 s hold more than their limit, but
+for the tokens of one call."""
+
+POLL_SECONDS = 0.2
+"""How often the first in line looks whether it is stopped."""
 
 RATE_KEY_SECONDS = 3600
 """How long Redis keeps the state of a run's rates after the last call."""
@@ -107,8 +111,10 @@ class RedisRates:
         from redis.exceptions import RedisError
 
         if self._per_token:
-            with suppress(RedisError):  # an answer is at hand, and the next call will tell
-                self._client.hincrbyfloat(self._key, "tokens", tokens * self._per_token)
+            with suppress(RedisError), self._client.pipeline() as commands:  # the next call will tell of an error
+                commands.hincrbyfloat(self._key, "tokens", tokens * self._per_token)
+                commands.expire(self._key, RATE_KEY_SECONDS)
+                commands.execute()
 
 
 class Throttle:
@@ -133,8 +139,6 @@ class Throttle:
     def stop(self) -> None:
         """Let no further call start."""
         self.stopped.set()
-        with self._changed:
-            self._changed.notify_all()
 
     @contextmanager
     def call(self, tokens: float) -> Iterator[float]:
@@ -171,7 +175,7 @@ class Throttle:
                     pause = self._paused_until - time.monotonic()
                     if pause <= 0 and self._in_flight < int(self._limit) and self._unwritten < self._concurrency:
                         break
-                    self._changed.wait(pause if pause > 0 else None)
+                    self._changed.wait(min(pause, POLL_SECONDS) if pause > 0 else POLL_SECONDS)
             wait = 0.0 if self._rates is None or self.stopped.is_set() else self._rates.reserve(tokens)
             if self.stopped.is_set():
                 raise Stopped
@@ -182,7 +186,7 @@ class Throttle:
             self._in_flight += 1
 
     def answered(self, tokens_more: float) -> None:
-        """Note an answer, and how many tokens more (or less) than expected the call took."""
+        """Note an answer that is no 429, and how many tokens more (or less) than expected the call took."""
         if self._rates is not None:
             self._rates.settle(tokens_more)
         with self._changed:
@@ -206,7 +210,7 @@ class Throttle:
             if started >= self._slowed_at:
                 self._slowed_at = now
                 self._limit = max(1.0, self._limit / 2)
-                if wait is None:
+                if wait is None or self._pause > SHORTEST_PAUSE:  # at first what it asks for is enough
                     self._paused_until = max(self._paused_until, now + self._pause * random.uniform(1.0, 1.25))
-                    self._pause = min(self._pause * 2, LONGEST_PAUSE)
+                self._pause = min(self._pause * 2, LONGEST_PAUSE)
             return now - self._refusing_since < GIVE_UP_SECONDS

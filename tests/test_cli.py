@@ -619,7 +619,6 @@ def test_an_interrupted_tag_makes_no_new_call_and_keeps_what_is_answered(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="luigi's log is let through before the tasks that are stopped have ended")
 def test_an_interrupted_tag_says_so_in_one_line(busy: Shell) -> None:
     with script_at_work(busy, "tag", "notes", "--run-id", "id") as process:
         process.wait_for_calls(4)
@@ -659,7 +658,6 @@ def test_an_endpoint_that_hangs_holds_up_no_end(busy: Shell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=subprocess.TimeoutExpired, reason="what waits for a pause hears of no signal")
 def test_a_pause_after_a_429_is_over_when_the_process_is_told_to_end(busy: Shell) -> None:
     llm = busy.project.llm
     llm.script(*[replace(error(429, "Busy.", headers={"Retry-After": "100"}), delay=1.0)] * 4)

@@ -25,6 +25,7 @@ from tagger.dataset import Price
 from tagger.exceptions import RunFailed, StorageError
 from tagger.ledger import (
     FLUSH_SECONDS,
+    SCHEMA,
     Attempt,
     Ledger,
     Outcome,
@@ -71,6 +72,11 @@ def ledger(run: Run, shard: int = 1, price: Price | None = PRICE) -> Ledger:
 def only_outcome(run: Run) -> Outcome:
     [outcome] = read_attempts(run)[-1].outcomes
     return outcome
+
+
+def outcomes(run: Run) -> list[Outcome]:
+    """Return the outcomes of the first attempt."""
+    return list(read_attempts(run)[0].outcomes)
 
 
 # Numbers of attempts
@@ -169,7 +175,8 @@ def test_an_attempt_without_texts_is_an_attempt(run: Run) -> None:
         pass
 
     [attempt] = read_attempts(run)
-    assert attempt.outcomes == []
+    assert list(attempt.outcomes) == []
+    assert attempt.values("key") == []
 
 
 # What is counted
@@ -258,7 +265,7 @@ def test_counts_stay_when_the_file_is_written(run: Run, monkeypatch: pytest.Monk
         books.record(key(1), "1", record("fruit"))
         books.failed(key(2), "2", "timeout", "no answer in time")
         books.spend(key(3), "3", Usage(input=1))
-        wait_until(lambda: len(read_attempts(run)[0].outcomes) == 3)
+        wait_until(lambda: len(outcomes(run)) == 3)
         books.record(key(4), "4", record("fruit"))
 
         assert books.counts() == {"tagged": 2, "failed": 1, "asked": 1}
@@ -411,7 +418,7 @@ def test_the_file_is_right_whenever_it_is_written(steps: list[tuple[str, int]]) 
         [attempt] = read_attempts(run)
         found = {int(o.key, 16): (o.status, o.requests) for o in attempt.outcomes}
         assert found == expected
-        assert len(attempt.outcomes) == len(expected)
+        assert len(list(attempt.outcomes)) == len(expected)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tagger.ledger.FLUSH_SECONDS", 0.002)
@@ -451,7 +458,7 @@ def test_what_ended_while_s3_was_away_is_in_the_next_write(memory_run: tuple[Run
         memory.is_away = False
         flushed(memory)
 
-        assert sorted(o.row_id for o in read_attempts(run)[0].outcomes) == ["1", "2", "3"]
+        assert sorted(o.row_id for o in outcomes(run)) == ["1", "2", "3"]
 
 
 def test_books_that_cannot_be_closed_are_a_storage_error(memory_run: tuple[Run, Memory]) -> None:
@@ -462,7 +469,7 @@ def test_books_that_cannot_be_closed_are_a_storage_error(memory_run: tuple[Run, 
         memory.is_away = True
 
     [attempt] = read_attempts(run)
-    assert (attempt.state, len(attempt.outcomes)) == ("running", 1)
+    assert (attempt.state, len(outcomes(run))) == ("running", 1)
 
 
 def test_what_broke_the_attempt_is_told_rather_than_that_its_books_stay_open(memory_run: tuple[Run, Memory]) -> None:
@@ -501,7 +508,7 @@ def test_each_outcome_is_converted_once_however_often_the_file_is_written(
 
     assert writes >= 40
     assert sum(converted) <= texts + still_open * (memory.tries + 1)
-    assert len(read_attempts(run)[0].outcomes) == texts + still_open
+    assert len(outcomes(run)) == texts + still_open
 
 
 @pytest.mark.parametrize("body", [b"", b"PAR1", b"no parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1"])
@@ -567,7 +574,10 @@ def test_a_run_without_attempts_has_none(run: Run) -> None:
 
 def attempt_of(number: int, *outcomes: Outcome) -> Attempt:
     started = NOW + timedelta(minutes=number)
-    return Attempt(1, number, "plan", "done", None, started, started, list(outcomes))
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([vars(outcome) for outcome in outcomes], schema=SCHEMA), body)
+    file = pq.ParquetFile(pa.BufferReader(body.getvalue()))
+    return Attempt(1, number, "plan", "done", None, started, started, file)
 
 
 def outcome(status: OutcomeStatus, row_id: str = "1", number: int = 1) -> Outcome:
@@ -631,10 +641,29 @@ def test_an_answer_is_never_lost_whatever_the_order(history: list[dict[int, Outc
         assert latest[text].status == (answers or failures or had)[-1]
 
 
-def test_outcomes_are_not_changed_by_ranking_them() -> None:
-    failed, tagged = outcome("failed"), outcome("tagged")
-    before = [replace(failed), replace(tagged)]
+def test_the_latest_outcome_has_what_its_row_has() -> None:
+    tagged = Outcome(key(1), "7", "tagged", ["fruit", "animal"], "gpt-5-mini", answered_at=NOW)
+    failed = Outcome(key(2), "8", "failed", kind="timeout", error="no answer in time")
 
-    latest_outcomes([attempt_of(1, failed), attempt_of(2, tagged)])
+    latest = latest_outcomes([attempt_of(1, tagged, failed)])
 
-    assert [failed, tagged] == before
+    assert latest[key(1)]._asdict() == {
+        "row_id": "7",
+        "status": "tagged",
+        "tags": ("fruit", "animal"),
+        "model": "gpt-5-mini",
+        "kind": None,
+        "error": None,
+        "answered_at": NOW,
+    }
+    assert (latest[key(2)].kind, latest[key(2)].error, latest[key(2)].tags) == ("timeout", "no answer in time", None)
+
+
+def test_many_outcomes_are_read_in_parts_and_in_order(run: Run) -> None:
+    with ledger(run) as books:
+        for number in range(12_000):
+            books.failed(key(number), str(number), "timeout", "no answer in time")
+
+    [attempt] = read_attempts(run)
+    assert [outcome.row_id for outcome in attempt.outcomes] == attempt.values("row_id")
+    assert sorted(map(int, attempt.values("row_id"))) == list(range(12_000))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from demo.stand_in import completion, error
-from tagger.cache import Cache
+from tagger.cache import Cache, Record
 from tagger.connections import Connection
 from tagger.exceptions import InputError, RunFailed, TaggerError
 from tagger.load import load_back
@@ -705,6 +705,41 @@ def test_what_a_killed_attempt_answered_is_taken_from_the_cache(project: Project
 
     assert loaded.tagged == 1
     assert project.target()[1].tags == ["fruit"]
+
+
+def test_what_killed_attempts_answered_is_taken_from_the_cache_a_part_at_a_time(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.load.RECORDS_A_READ", 2)
+    put_rows(project, {number: f"apple {number}" for number in range(5)} | {5: "apple, secretly", 6: "nothing"})
+    teach(project.llm, secretly=REFUSAL)
+    run = tagged(project, "one")
+    [books] = [path for path, _ in run.storage.list(run.files) if "/shard-1-" in path]
+    run.storage.delete(books)
+    damage(project, "apple 3")
+    parts = []
+    read_many = Cache.read_many
+
+    def watched(cache: Cache, keys: Iterable[str]) -> dict[str, Record]:
+        parts.append(len(list(keys)))
+        return read_many(cache, keys)
+
+    monkeypatch.setattr(Cache, "read_many", watched)
+
+    loaded = load_back(run, project.connections)
+
+    assert (loaded.tagged, loaded.refused, loaded.skipped, loaded.damaged) == (5, 1, 1, 0)
+    assert sorted(parts) == [1, 2, 2, 2]
+    target = project.target()
+    assert {row_id: (row.status, row.error, row.tags) for row_id, row in target.items()} == {
+        **{number: ("tagged", None, ["fruit"]) for number in (0, 1, 2, 4)},
+        3: ("skipped", "not asked: the shard ended early; the next run asks", None),
+        5: ("refused", "refusal", None),
+        6: ("tagged", None, []),
+    }
+    assert {target[row_id].model for row_id in (0, 5)} == {"offline-stand-in"}
+    assert (target[3].cache_key, target[5].cache_key) == (None, key(project, "apple, secretly"))
+    assert target[0].tagged_at <= target[0].snapshot_at + timedelta(minutes=1)
 
 
 # Failures and rivals

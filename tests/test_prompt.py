@@ -14,6 +14,7 @@ from tagger.dataset_files import parse_dataset
 from tagger.llm import Client
 from tagger.prompt import BadAnswer, instructions, messages, read_answer, response_format
 from tagger.spec import normalise, spec_id, text_key
+from tagger.throttle import Throttle
 from tests.project import MINIMAL, merged
 
 
@@ -154,7 +155,7 @@ def test_a_text_that_gives_orders_is_tagged_like_any_other(injection: str, llm: 
 
 def ask(llm: StandIn, text: str) -> list[str]:
     connection = Connection("openai_default", "openai", host=llm.base_url, password="key")
-    client = Client(DATASET, openai_client("openai_default", lambda _: connection))
+    client = Client(DATASET, openai_client("openai_default", lambda _: connection), Throttle(1))
     try:
         return client.ask(text_key(spec_id(DATASET), normalise(text)), text, lambda usage: None).tags
     finally:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from demo.stand_in import error
 from tagger.cache import Cache, Record, Usage
-from tagger.exceptions import InputError, LLMStopped, RunFailed, TaggerError
-from tagger.ledger import Ledger
+from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError
+from tagger.ledger import SCHEMA, Ledger
 from tagger.plan import plan
 from tagger.report import ErrorCount, Summary, describe, report, summaries
 from tagger.runs import Loaded, Plan, Run, Shard, Snapshot
@@ -349,6 +356,88 @@ def test_the_summary_has_all_that_the_design_names_and_is_written(project: Proje
     assert project.summary(project.open("one")) == summary
     assert (summary.dataset, summary.run_id, summary.mode, summary.state) == ("notes", "one", "online", "success")
     assert summary.started_at < summary.finished_at
+
+
+def put_attempt(run: Run, number: int, plan_id: str, rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA) -> str:
+    """Writes an attempt's file directly, and returns its path. Attempts start in the order of their numbers."""
+    started = NOON + timedelta(minutes=number)
+    about = {"plan_id": plan_id, "state": "done", "reason": None, "started_at": started.isoformat()}
+    about["ended_at"] = (started + timedelta(seconds=30)).isoformat()
+    body = io.BytesIO()
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"tagger": json.dumps(about)}))
+    pq.write_table(table, body, compression="zstd", row_group_size=3)
+    path = f"{run.files}shard-1-{number}.parquet"
+    run.storage.put(path, body.getvalue())
+    return path
+
+
+numbers = st.integers(0, 10**6)
+outcome_rows = st.fixed_dictionaries(
+    {
+        "row_id": st.sampled_from(["7", "a", "記事"]),
+        "status": st.sampled_from(["asked", "tagged", "refused", "failed"]),
+        "kind": st.sampled_from([None, "timeout", "refusal", "bad_answer"]),
+        **dict.fromkeys(("requests", "input_tokens", "cached_input_tokens", "output_tokens"), numbers),
+        "cost_usd": st.floats(0, 1) | st.floats(0, 1) | st.floats(0, 1) | st.none(),
+    }
+)
+some_attempts = st.lists(
+    st.tuples(st.sampled_from(["plan", "before"]), st.dictionaries(st.integers(0, 6), outcome_rows)), max_size=4
+)
+run_ids = (f"random-{number}" for number in count())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some_attempts)
+def test_the_figures_are_those_of_a_plain_count(
+    project: Project, attempts: list[tuple[str, dict[int, dict[str, Any]]]]
+) -> None:
+    run = prepare(project, next(run_ids), new=7)
+    for number, (plan_id, texts) in enumerate(attempts, 1):
+        put_attempt(run, number, plan_id, [{"key": f"key-{text}", **row} for text, row in texts.items()])
+
+    with pytest.raises(RunFailed, match="load_back did not finish"):
+        report(run)
+
+    every = [row for _, texts in attempts for row in texts.values()]
+    summary = project.summary(run)
+    for figure, column in (("llm_requests", "requests"), *((n, n) for n in SCHEMA.names if n.endswith("_tokens"))):
+        assert getattr(summary, figure) == sum(row[column] for row in every)
+    costs = [row["cost_usd"] for row in every]
+    assert summary.cost_usd == (None if None in costs else sum(costs))
+    last: dict[int, dict[str, Any]] = {}
+    for plan_id, texts in attempts:
+        for text, row in texts.items():
+            rank = {"asked": 1, "failed": 2, "refused": 3, "tagged": 3}
+            if plan_id == "plan" and (text not in last or rank[row["status"]] >= rank[last[text]["status"]]):
+                last[text] = row
+    statuses = [row["status"] for row in last.values()]
+    ended = {status: statuses.count(status) for status in ("tagged", "refused", "failed")}
+    assert {status: getattr(summary, status) for status in ended} == ended
+    assert summary.skipped == 7 - sum(ended.values())
+    kinds = [(row["kind"], row["row_id"]) for row in last.values() if row["kind"] is not None]
+    assert list(summary.errors.items()) == [
+        (kind, ErrorCount(count=[k for k, _ in kinds].count(kind), row_id=row_id))
+        for kind, row_id in dict(kinds).items()
+    ]
+
+
+def test_an_attempt_that_is_damaged_inside_is_named(project: Project) -> None:
+    run = prepare(project, new=1)
+    path = put_attempt(run, 1, "plan", [{"key": f"key-{number:032x}", "row_id": "1"} for number in range(1000)])
+    body = run.storage.get(path) or b""
+    run.storage.put(path, body[:2000] + b"\xff" * 1000 + body[3000:])
+
+    with pytest.raises(StorageError, match=r"shard-1-1\.parquet: damaged"):
+        report(run)
+
+
+def test_an_attempt_with_other_columns_is_named(project: Project) -> None:
+    run = prepare(project, new=1)
+    put_attempt(run, 1, "plan", [], SCHEMA.append(pa.field("mood", pa.string())))
+
+    with pytest.raises(StorageError, match=r"shard-1-1\.parquet: damaged"):
+        report(run)
 
 
 # The verdict

@@ -353,7 +353,7 @@ def test_a_killed_shard_loses_the_calls_in_flight_and_no_money_unseen(
     llm.latency = 0.4
 
     with tagging_process(project, run, tmp_path) as process:
-        wait_until(lambda: any(attempt.outcomes for attempt in read_attempts(run)))
+        wait_until(lambda: any(attempt.values("key") for attempt in read_attempts(run)))
         process.kill()
     llm.latency = 0.0
     asked_before = len(llm.calls)
@@ -551,7 +551,6 @@ def test_s3_that_is_away_for_some_seconds_costs_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=subprocess.TimeoutExpired, reason="the books wait for S3 as long as ever")
 def test_an_s3_that_hangs_does_not_hold_up_the_end_of_a_process(
     project: Project, proxy: S3Proxy, llm: StandIn, tmp_path: Path
 ) -> None:
@@ -969,7 +968,7 @@ def test_the_record_counts_all_calls_that_led_to_it(project: Project, llm: Stand
     [found] = records(run).values()
     assert found["usage"] == {"input": 200, "cached_input": 0, "output": 8}
     assert found["cost_usd"] == pytest.approx((200 * 1.0 + 8 * 10.0) / 1e6)
-    assert last_attempt(run).outcomes[0].requests == 3
+    assert [outcome.requests for outcome in last_attempt(run).outcomes] == [3]
 
 
 def test_an_unknown_price_is_no_cost_of_zero(project: Project) -> None:

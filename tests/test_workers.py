@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -35,20 +34,25 @@ class Site:
     """One shard of new texts, the endpoints, and workers: each a `tagger tag` in a process of its own."""
 
     def __init__(
-        self, folder: Path, llm: LLMEndpoint, s3: S3Endpoint, texts: int, concurrency: int, **changes: Any
+        self,
+        folder: Path,
+        llm: LLMEndpoint,
+        s3: S3Endpoint,
+        texts: int,
+        concurrency: int,
+        redis: RedisServer | None = None,
     ) -> None:
         self.folder = folder
         self.llm = llm
         self.s3 = s3
         source = folder / "source.db"
         create_source(source, texts)
-        redis = changes.pop("redis", None)
-        more = {"redis_default": redis_connection(redis)} if redis else {}
         shards = {"texts_per_shard": texts, "max": 1}
-        content = dataset("workers", in_flight=concurrency, shards=shards, **changes)
-        content = {**content, "lock": LOCK} if redis else content
+        content = dataset("workers", in_flight=concurrency, shards=shards) | ({"lock": LOCK} if redis else {})
         (folder / "bench.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
-        self.env = environment(s3.url, llm.base_url, source, **more)
+        self.env = environment(s3.url, llm.base_url, source)
+        if redis:
+            self.env["AIRFLOW_CONN_REDIS_DEFAULT"] = json.dumps(redis_connection(redis))
         self.dataset = parse_dataset(content, "bench.yaml")
 
     def connections(self, conn_id: str) -> Connection | None:
