@@ -253,7 +253,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments("tree", __doc__)
     parser.add_argument("--texts", type=int, nargs="+", help="these numbers of texts instead of the usual cases")
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.5], help="with --texts: seconds (0.5)")
+    parser.add_argument("--latency", type=float, nargs="+", default=[0.5], help="with --texts or --naive: seconds (0.5)")
     parser.add_argument("--in-flight", type=int, default=64, help="with --texts: calls at once (64)")
     parser.add_argument("--quick", action="store_true", help="300 and 600 texts only")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each contender (1)")
@@ -299,7 +299,7 @@ def _cases(asked: argparse.Namespace) -> Iterable[Case]:
 def _naive_cases(asked: argparse.Namespace) -> Iterable[Case]:
     if asked.naive is None:
         return []
-    return [Case(texts, 0.5, 16) for texts in asked.naive or NAIVE_TEXTS]
+    return [Case(texts, latency, 16) for latency in asked.latency for texts in asked.naive or NAIVE_TEXTS]
 
 
 def _totals(trial: Trial) -> dict[str, int | None]:
