@@ -554,12 +554,21 @@ class Process:
         return self.popen.returncode, err.splitlines()
 
 
+def _hear_ctrl_c() -> None:
+    """Undo what a shell does to the jobs in its background, of which the tests may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def script_at_work(shell: Shell, *arguments: str) -> Iterator[Process]:
     """Run the installed script; four calls at a time, of which each takes as long as the stand-in's latency."""
     script = Path(sysconfig.get_path("scripts"), "tagger")
     with subprocess.Popen(
-        [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_ctrl_c,
     ) as popen:
         try:
             yield Process(popen, shell.project.llm)

@@ -419,18 +419,27 @@ def test_a_build_runs_on_another_thread_than_the_main_one() -> None:
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-@pytest.mark.slow
-def test_cpu_per_task_does_not_grow_with_their_number() -> None:
-    def cpu_per_task(waves: int) -> float:
+def test_the_work_per_task_does_not_grow_with_their_number() -> None:
+    """Counted in function calls of the main thread, which picks and books all tasks."""
+
+    def calls_per_task(waves: int) -> float:
+        calls = 0
+
+        def count(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
         forest = Forest(waves, 100)
-        started = time.process_time()
-        assert run(forest, threads=16) is True
-        return (time.process_time() - started) / len(forest.all_leaves)
+        sys.setprofile(count)
+        try:
+            assert run(forest, threads=16) is True
+        finally:
+            sys.setprofile(None)
+        return calls / len(forest.all_leaves)
 
-    cpu_per_task(1)  # what is only done once
-    few, many = cpu_per_task(5), cpu_per_task(30)
+    calls_per_task(1)  # what is only done once
 
-    assert many < 2 * few
+    assert calls_per_task(30) < 1.3 * calls_per_task(5)
 
 
 # Waves
