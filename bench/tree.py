@@ -253,7 +253,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments("tree", __doc__)
     parser.add_argument("--texts", type=int, nargs="+", help="these numbers of texts instead of the usual cases")
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.5], help="with --texts or --naive: seconds (0.5)")
+    parser.add_argument(
+        "--latency", type=float, nargs="+", default=[0.5], help="with --texts or --naive: seconds (0.5)"
+    )
     parser.add_argument("--in-flight", type=int, default=64, help="with --texts: calls at once (64)")
     parser.add_argument("--quick", action="store_true", help="300 and 600 texts only")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each contender (1)")
