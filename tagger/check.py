@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import openai
 
-from tagger.connections import Connections, database, openai_client, ping_redis, redis_client
+from tagger.connections import Connections, database, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
 from tagger.plan import WITHOUT_LOCK, not_in_force
 from tagger.price import price_of
+from tagger.redis_connection import ping_redis, redis_client
 from tagger.snapshot import SourceTable
 from tagger.spec import spec_id
 from tagger.storage import Storage

@@ -6,27 +6,20 @@ Outside Airflow the same `AIRFLOW_CONN_<ID>` variables serve (URI or JSON); wher
 
 import json
 import os
-import re
-import ssl
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from tagger.exceptions import InputError, Unreachable
+from tagger.exceptions import InputError
 
 if TYPE_CHECKING:
-    import redis
     import sqlalchemy as sa
     from mypy_boto3_s3 import S3Client
     from openai import OpenAI
-    from redis.retry import Retry
-
-T = TypeVar("T")
 
 LIBPQ_PARAMETERS: tuple[str, ...] = (
     "application_name",
@@ -45,17 +38,6 @@ SQLITE_BUSY_SECONDS = 60
 
 MAX_S3_CONNECTIONS = 256
 """Kept open at most; they are opened as they are needed."""
-
-REDIS_PORT = 6379
-
-MAX_REDIS_CONNECTIONS = 1024
-"""Opened at most, as they are needed. A thread that holds one more than that is refused, it does not wait."""
-
-REDIS_SECONDS = 5
-"""How long Redis may take to answer: to a connection, to a command."""
-
-REDIS_RETRIES = 2
-"""Of a command whose connection was lost or refused, after 0.6 s and 1 s."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +127,7 @@ def database(conn_id: str, connections: Connections) -> "sa.Engine":
     """
     import sqlalchemy as sa
 
-    url = _database_url(_existing(conn_id, connections))
+    url = _database_url(existing(conn_id, connections))
     return sa.create_engine(
         url,
         connect_args={"timeout": SQLITE_BUSY_SECONDS} if url.drivername == "sqlite" else {},
@@ -155,7 +137,8 @@ def database(conn_id: str, connections: Connections) -> "sa.Engine":
     )
 
 
-def _existing(conn_id: str, connections: Connections) -> Connection:
+def existing(conn_id: str, connections: Connections) -> Connection:
+    """Return a connection, or raise the InputError that says how to define it."""
     connection = connections(conn_id)
     if connection is None:
         raise InputError(f"no connection `{conn_id}`: define it in Airflow or set $AIRFLOW_CONN_{conn_id.upper()}")
@@ -230,7 +213,7 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     try:
         extra = AwsExtra.model_validate(connection.extra if connection else {})
     except ValidationError as e:
-        raise InputError(f"connection `{conn_id}`: {_first_mistake(e)}") from None
+        raise InputError(f"connection `{conn_id}`: {first_mistake(e)}") from None
     for unsupported in ("role_arn", "assume_role_method"):
         if getattr(extra, unsupported):
             raise InputError(
@@ -264,7 +247,8 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
         raise InputError(f"connection `{conn_id}`: {e}") from None
 
 
-def _first_mistake(error: ValidationError) -> str:
+def first_mistake(error: ValidationError) -> str:
+    """Return the first of the mistakes in a connection's extra: its key, and what is wrong."""
     wrong = error.errors(include_url=False)[0]
     return f"`{'.'.join(map(str, wrong['loc']))}`: {wrong['msg']}"
 
@@ -298,166 +282,3 @@ def openai_client(conn_id: str, connections: Connections) -> "OpenAI":
             f"connection `{conn_id}`: no client can be made of it: its host must be a base URL, and "
             "`openai_client_kwargs` of its extra the SDK's arguments"
         ) from None
-
-
-class RedisExtra(BaseModel):
-    """What is read of a `redis` connection's extra, as Airflow's provider and redis-py name it."""
-
-    db: Annotated[int, Field(ge=0)] = 0
-    ssl: bool = False
-    ssl_cert_reqs: Literal["required", "optional", "none"] = "required"
-    ssl_ca_certs: str | None = None
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
-    ssl_check_hostname: bool = True
-
-
-def redis_client(conn_id: str, connections: Connections) -> "redis.Redis":
-    """Return a Redis client for an Airflow `redis` connection. Nothing is connected yet.
-
-    Read of the connection: host, port (6379), login, password, and of its extra `db`, `ssl`, `ssl_cert_reqs`,
-    `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile` and `ssl_check_hostname`. Where its extra has no `db`, its schema is
-    the database's number, as in `redis://host:6379/1`. Its type may be `rediss` too, which is TLS.
-
-    Raises:
-        InputError: no such connection, another type, no host, or a wrong value.
-    """
-    import redis
-
-    connection = _existing(conn_id, connections)
-    extra = _redis_extra(connection)
-    tls = extra.model_dump(exclude={"db", "ssl"}) if extra.ssl else {}
-    # "none" and "false" are no passwords for the provider either
-    password = None if (connection.password or "").lower() in ("", "none", "false") else connection.password
-    return redis.Redis(
-        connection.host or "",
-        connection.port or REDIS_PORT,
-        extra.db,
-        username=connection.login or None,
-        password=password,
-        ssl=extra.ssl,
-        **tls,
-        protocol=2,  # that of every Redis, and a new connection asks for less
-        socket_connect_timeout=REDIS_SECONDS,
-        socket_timeout=REDIS_SECONDS,
-        health_check_interval=30,
-        retry=_redis_retry(),
-        max_connections=MAX_REDIS_CONNECTIONS,
-    )
-
-
-def _redis_retry() -> "Retry":
-    from redis.backoff import ExponentialBackoff
-    from redis.exceptions import AuthenticationError
-    from redis.retry import Retry
-
-    class FlatRetry(Retry):
-        """redis-py's, but a refused password is final, and what is tried again does not try again within.
-
-        redis-py does so three deep (command, health check, connecting), which makes minutes of a few seconds. Each
-        connection has a copy, and one thread at a time.
-        """
-
-        running = False
-
-        def call_with_retry(
-            self,
-            do: Callable[[], T],
-            fail: Callable[..., Any],
-            is_retryable: Callable[[Exception], bool] | None = None,
-            with_failure_count: bool = False,
-        ) -> T:
-            if self.running:
-                return do()
-            self.running = True
-            try:
-                return super().call_with_retry(do, fail, self._may_pass, with_failure_count)
-            finally:
-                self.running = False
-
-        @staticmethod
-        def _may_pass(error: Exception) -> bool:
-            return not isinstance(error, AuthenticationError)
-
-    return FlatRetry(ExponentialBackoff(cap=1, base=0.3), REDIS_RETRIES)
-
-
-def _redis_extra(connection: Connection) -> RedisExtra:
-    name = f"connection `{connection.conn_id}`"
-    if connection.conn_type not in ("redis", "rediss"):
-        raise InputError(f"{name}: type `{connection.conn_type}` is not supported (redis is)")
-    if not connection.host:
-        raise InputError(f"{name}: it has no host")
-    given = {key: value for key, value in connection.extra.items() if value not in (None, "")}
-    from_schema = "db" not in given and bool(connection.schema)
-    if from_schema:
-        given["db"] = connection.schema
-    extra: RedisExtra | str
-    try:
-        extra = RedisExtra.model_validate(given)
-    except ValidationError as e:
-        extra = _first_mistake(e)
-    if isinstance(extra, str):  # not in the `except`: the context would hold the values
-        raise InputError(f"{name}: {extra.replace('`db`', '`schema`') if from_schema else extra}")
-    if connection.conn_type == "rediss":
-        extra.ssl = True
-    if extra.ssl:
-        for key in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
-            if (path := getattr(extra, key)) and not Path(path).is_file():
-                raise InputError(f"{name}: `{key}`: no file {path}")
-        if extra.ssl_keyfile and not extra.ssl_certfile:
-            raise InputError(f"{name}: `ssl_keyfile` needs `ssl_certfile`")
-    return extra
-
-
-def ping_redis(client: "redis.Redis", conn_id: str) -> str:
-    """Take a lock of our own for a moment, and return where: `host:port, database N`.
-
-    A lock needs more than an answer: a replica refuses to write, and a user may lack the right to run scripts.
-
-    Raises:
-        Unreachable: Redis does not answer, or TLS with it fails.
-        InputError: it refuses the password, the database's number or the lock.
-    """
-    import redis
-
-    options = client.connection_pool.connection_kwargs
-    failure: InputError
-    try:
-        with client.lock(f"tagger-check-{uuid.uuid4().hex}", timeout=2 * REDIS_SECONDS, blocking=False):
-            pass
-        return f"{options['host']}:{options['port']}, database {options['db']}"
-    except (redis.RedisError, OSError) as e:
-        failure = redis_failure(e, client, conn_id)
-    except UnicodeError:
-        failure = InputError(f"connection `{conn_id}`: its host is no host name")
-    raise failure  # not in the `except`: what redis-py says may hold a command's arguments, so the password
-
-
-def redis_failure(error: Exception, client: "redis.Redis", conn_id: str) -> InputError:
-    """Return one line for an error of redis-py, in our own words or in those that hold no argument of a command."""
-    from redis import exceptions as of_redis
-
-    options = client.connection_pool.connection_kwargs
-    name = f"connection `{conn_id}`: Redis at {options['host']}:{options['port']}"
-    if isinstance(error, of_redis.AuthenticationError | of_redis.AuthorizationError):
-        return InputError(f"{name} refuses the login or the password")
-    if isinstance(error, of_redis.NoPermissionError):
-        return InputError(f"{name} gives the user no right to lock: commands and keys of its ACL")
-    if isinstance(error, of_redis.ReadOnlyError):
-        return InputError(f"{name} is a replica, which takes no locks; the connection must name the primary")
-    reason = re.split(r"[\n`']| \(_ssl", str(error))[0].strip(" .,")
-    if isinstance(error, of_redis.ResponseError):
-        if "DB index" in reason:
-            return InputError(f"{name} has no database {options['db']}")
-        return InputError(f"{name} answers with an error: {reason}")
-    if isinstance(error, of_redis.InvalidResponse):
-        return Unreachable(f"{name} does not speak Redis; where it is TLS, set `ssl` in the extra")
-    cause = error.__context__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return Unreachable(f"{name}: its TLS certificate is refused: {cause.verify_message}")
-    if isinstance(cause, ssl.SSLError):
-        return Unreachable(f"{name}: TLS fails: {cause.reason or reason}")
-    if isinstance(cause, OSError) and cause.strerror:
-        reason = cause.strerror
-    return Unreachable(f"{name} does not answer: {reason}")

@@ -15,8 +15,8 @@ from redis import Redis
 from redis.exceptions import DataError, LockError, RedisError
 from redis.lock import Lock
 
-from tagger.connections import ping_redis, redis_failure
 from tagger.exceptions import LockFailed
+from tagger.redis_connection import ping_redis, redis_failure
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from redis.exceptions import LockError, RedisError
 
 from tagger.cache import Cache, Record, Usage, patiently
-from tagger.connections import Connections, openai_client, redis_client
+from tagger.connections import Connections, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError, TextFailed
 from tagger.ledger import Ledger, latest_outcomes, read_attempts
@@ -19,6 +19,7 @@ from tagger.llm import Client
 from tagger.lock import RunLocks
 from tagger.price import price_of
 from tagger.progress import showing
+from tagger.redis_connection import redis_client
 from tagger.runs import Run, Shard, opened_parquet, shard_path, utc_now
 from tagger.throttle import LocalRates, Rates, RedisRates, Stopped, Throttle
 

@@ -35,12 +35,11 @@ from tagger.connections import (
     connections_from_env,
     database,
     openai_client,
-    ping_redis,
-    redis_client,
     s3_client,
 )
 from tagger.exceptions import InputError, Unreachable
 from tagger.plan import WITHOUT_LOCK
+from tagger.redis_connection import ping_redis, redis_client
 from tagger.tables import connecting
 from tests.databases import redis_connection
 from tests.project import Project
@@ -681,7 +680,7 @@ def test_redis_client_connects_to_nothing_yet_and_reads_bytes(redis_default: Con
 
 def test_redis_is_imported_when_a_client_is_made() -> None:
     """Airflow parses the DAG files every few seconds."""
-    code = "import sys, tagger.connections; sys.exit('redis' in sys.modules)"
+    code = "import sys, tagger.redis_connection; sys.exit('redis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -789,8 +788,8 @@ def test_redis_may_want_a_certificate_of_ours(tmp_path: Path, authority: Authori
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for long."""
-    monkeypatch.setattr("tagger.connections.REDIS_SECONDS", 0.3)
-    monkeypatch.setattr("tagger.connections.REDIS_RETRIES", 0)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_SECONDS", 0.3)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_RETRIES", 0)
 
 
 def refused(connection: Connection, caplog: pytest.LogCaptureFixture) -> str:
@@ -935,7 +934,7 @@ def test_redis_that_has_gone_is_tried_three_times_and_no_more(tmp_path: Path, mo
     """redis-py alone would connect three times for each of three tries of a health check for each of the command."""
     waits: list[float] = []
     monkeypatch.setattr(redis.retry, "sleep", waits.append)
-    monkeypatch.setattr("tagger.connections.REDIS_SECONDS", 0.3)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_SECONDS", 0.3)
     with (
         RedisServer(tmp_path, password=SECRET) as server,
         redis_client("redis_default", known(redis_connection(server))) as client,

@@ -27,10 +27,11 @@ from redis.lock import Lock
 
 import tagger.engine
 import tagger.lock
-from tagger.connections import Connection, redis_client
+from tagger.connections import Connection
 from tagger.engine import Leaf, build
 from tagger.exceptions import InputError, LockFailed, Unreachable
 from tagger.lock import LOCK_SECONDS, RENEW_SECONDS, RunLocks
+from tagger.redis_connection import redis_client
 from tagger.tasks import Private
 from tests.databases import redis_connection
 from tests.servers import Authority, RedisServer
@@ -164,8 +165,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for Redis for long."""
-    monkeypatch.setattr("tagger.connections.REDIS_SECONDS", 0.3)
-    monkeypatch.setattr("tagger.connections.REDIS_RETRIES", 0)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_SECONDS", 0.3)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_RETRIES", 0)
 
 
 @pytest.fixture
@@ -695,8 +696,8 @@ def test_redis_that_comes_back_empty_is_used_again(own_server: RedisServer) -> N
 def test_renewal_goes_on_when_redis_was_away(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tagger.connections.REDIS_SECONDS", 0.3)
-    monkeypatch.setattr("tagger.connections.REDIS_RETRIES", 0)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_SECONDS", 0.3)
+    monkeypatch.setattr("tagger.redis_connection.REDIS_RETRIES", 0)
     monkeypatch.setattr("tagger.lock.LOCK_SECONDS", 3)
     locks = locks_of(redis_connection(own_server))
     with locks.held(), asking(Desk(locks, names(3))), own_server.client(3) as client:

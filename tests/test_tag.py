@@ -29,11 +29,12 @@ from luigi.task_register import Register
 from demo.processes import free_port
 from demo.stand_in import Json, Reply, StandIn, completion, error, token_usage
 from tagger.cache import Cache
-from tagger.connections import Connection, redis_client
+from tagger.connections import Connection
 from tagger.exceptions import InputError, LLMStopped, LockFailed, RunFailed, StorageError, TaggerError, Unreachable
 from tagger.ledger import Attempt, Ledger, read_attempts
 from tagger.load import load_back
 from tagger.plan import plan
+from tagger.redis_connection import redis_client
 from tagger.report import Summary, report
 from tagger.runs import Run
 from tagger.spec import normalise, spec_id, text_key

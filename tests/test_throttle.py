@@ -17,7 +17,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tagger.connections import Connection, redis_client
+from tagger.connections import Connection
+from tagger.redis_connection import redis_client
 from tagger.throttle import (
     BURST_SECONDS,
     GIVE_UP_SECONDS,
