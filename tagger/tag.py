@@ -254,7 +254,9 @@ def _build(
     threads = min(2 * dataset.llm.concurrency, shard.texts)
     with locks.held() if locks else nullcontext():
         complete = build(tree, threads=threads, stopped=throttle.stopped)
+    if complete:  # also where the last answer took what was left of the budget
+        return
     if asker.stopped_by is not None:
         raise asker.stopped_by
-    if not complete and not asker.failures:
+    if not asker.failures:
         raise TaggerError(f"{shard.name}: the tree ended before all texts were asked")

@@ -667,6 +667,15 @@ def test_the_next_run_goes_on_where_the_budget_ended(project: Project, llm: Stan
     assert len(llm.calls) == len(records(second)) == 20
 
 
+def test_a_budget_that_just_suffices_is_not_reached(project: Project, llm: StandIn) -> None:
+    put_texts(project, 10)
+    with_budget(project, llm, 0.01)
+    run = planned(project)
+
+    assert tag_all(project, run) == {"tagged": 10}
+    assert len(llm.calls) == 10
+
+
 def test_all_shards_together_stay_within_the_budget(project: Project, llm: StandIn) -> None:
     put_texts(project, 24)
     with_budget(project, llm, 0.008)
