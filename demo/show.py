@@ -15,9 +15,9 @@ from rich.table import Table
 from demo import tables
 from tagger.cache import Usage
 from tagger.dataset import Dataset
-from tagger.price import cost_usd, price_of
+from tagger.price import ANSWER_TOKENS, cost_usd, estimated_tokens, price_of, usd
 from tagger.prompt import instructions
-from tagger.report import Summary, usd
+from tagger.report import Summary
 
 SHOWN_ARTICLES = ["16", "90", "131", "132", "135", "141"]
 SHOWN_ANSWERS = ["A-0053", "A-0150", "A-0175", "A-0213", "A-0343", "A-0470"]
@@ -124,17 +124,11 @@ def live_estimate(console: Console, datasets: list[Dataset]) -> None:
         texts = {
             text for _, text in tables.sample(dataset.source.table, dataset.source.text_columns, day2=True) if text
         }
-        # about 4 characters a token in English, 1 in Japanese; reasoning models answer with some hundred tokens
-        tokens = sum(_tokens(text) for text in texts) + len(texts) * _tokens(instructions(dataset))
-        cost = cost_usd(Usage(input=tokens, output=400 * len(texts)), price_of(dataset.llm))
+        tokens = sum(map(estimated_tokens, texts)) + len(texts) * estimated_tokens(instructions(dataset))
+        cost = cost_usd(Usage(input=tokens, output=ANSWER_TOKENS * len(texts)), price_of(dataset.llm))
         console.print(
             f"{dataset.dataset}: up to {len(texts)} calls of {dataset.llm.model}, about {tokens:,} tokens in: "
             f"about {usd(cost)}"
         )
         total += cost or 0.0
     console.print(f"[bold]The live demo costs about {usd(total)} the first time, and nothing when it is run again.[/]")
-
-
-def _tokens(text: str) -> int:
-    wide = sum(ord(char) > 0x2E7F for char in text)
-    return wide + (len(text) - wide) // 4

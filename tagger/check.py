@@ -7,7 +7,7 @@ import openai
 from tagger.connections import Connections, database, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
-from tagger.plan import WITHOUT_LOCK, not_in_force
+from tagger.plan import WITHOUT_LOCK
 from tagger.price import price_of
 from tagger.redis_connection import ping_redis, redis_client
 from tagger.snapshot import SourceTable
@@ -49,7 +49,6 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
             yield f"lock {dataset.lock.conn_id}: answers at {ping_redis(client, dataset.lock.conn_id)}"
     else:
         yield WITHOUT_LOCK
-    yield from not_in_force(dataset)
 
 
 def _check_llm(dataset: Dataset, connections: Connections) -> str:

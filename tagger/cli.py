@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         rows = sub.add_mutually_exclusive_group()
         rows.add_argument("--day", type=_day, metavar="YYYY-MM-DD", help="the rows changed on this day")
         rows.add_argument("--all", action="store_true", dest="all_rows", help="all rows")
+        sub.add_argument("--limit", type=int, metavar="N", help="ask for the first N new texts only")
+        sub.add_argument("--dry-run", action="store_true", help="plan and estimate only; nothing is written")
+        sub.add_argument("--retry-refused", action="store_true", help="ask for refused texts again")
+        sub.add_argument("--max-cost-usd", type=float, metavar="USD", help="instead of the file's limit")
     for sub in (run, report):
         sub.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
     return parser
@@ -116,11 +120,17 @@ def _check(options: argparse.Namespace, connections: Connections) -> None:
 def _snapshot(options: argparse.Namespace, connections: Connections) -> None:
     from tagger.runs import open_run, utc_now
     from tagger.snapshot import snapshot
-    from tagger.window import select_rows
+    from tagger.window import run_options, select_rows
 
     dataset = _dataset(options)
     selection = select_rows(dataset, end=utc_now(), day=options.day, all_rows=options.all_rows)
-    snapshot(dataset, open_run(dataset, options.run_id, connections), selection, connections)
+    otherwise = run_options(
+        limit=options.limit,
+        dry_run=options.dry_run,
+        retry_refused=options.retry_refused,
+        max_cost_usd=options.max_cost_usd,
+    )
+    snapshot(dataset, open_run(dataset, options.run_id, connections), selection, connections, otherwise)
 
 
 def _plan(options: argparse.Namespace, connections: Connections) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from datetime import date, timedelta
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
 from pydantic import (
@@ -58,6 +59,17 @@ def _check_time_zone(name: str) -> str:
     except (KeyError, ValueError, OSError):
         raise ValueError("a time zone such as UTC or Asia/Tokyo") from None
     return name
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them, so that the frozen dataset of a run has the same spec."""
+    try:
+        plain = json.dumps(values, allow_nan=False, ensure_ascii=False)
+        plain.encode()
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("values that JSON has: text, numbers, true/false, null, lists and keys") from None
+    as_json: dict[str, Any] = json.loads(plain)
+    return as_json
 
 
 class Model(BaseModel):
@@ -146,13 +158,7 @@ class LLM(Model):
         taken = sorted(OWN_PARAMS & params.keys())
         if taken:
             raise ValueError(f"request parameters other than {', '.join(taken)}, which tagger sets itself")
-        try:
-            plain = json.dumps(params, allow_nan=False, ensure_ascii=False)
-            plain.encode()
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("values that JSON has: text, numbers, true/false, null, lists and keys") from None
-        as_json: dict[str, Any] = json.loads(plain)  # so that the frozen dataset of a run has the same spec
-        return as_json
+        return _as_json(params)
 
 
 class Tag(Model):
@@ -191,10 +197,54 @@ class Shards(Model):
 
 
 class Alerts(Model):
-    """Whom to tell."""
+    """Whom to tell by e-mail, and after how long a run is late."""
 
     to: list[str] = Field(default_factory=list)
     deadline: Duration | None = None
+
+    @field_validator("to")
+    @classmethod
+    def _addresses(cls, to: list[str]) -> list[str]:
+        if not all(re.fullmatch(r"[^@\s<>,;]+@[^@\s<>,;]+", address) for address in to):
+            raise ValueError("addresses such as team@example.com")
+        return to
+
+
+class Task(Model):
+    """How Airflow runs one step."""
+
+    queue: str | None = Field(default=None, min_length=1)
+    timeout: Duration | None = None
+    retries: int = Field(default=3, ge=0, le=100)
+    executor_config: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("timeout")
+    @classmethod
+    def _some_time(cls, timeout: timedelta | None) -> timedelta | None:
+        if timeout is not None and not timeout:
+            raise ValueError("more than 0s")
+        return timeout
+
+    @field_validator("executor_config")
+    @classmethod
+    def _plain(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return _as_json(config)
+
+
+class Tasks(Model):
+    """How Airflow runs the steps; what a step does not name is as in `default`."""
+
+    default: Task = Task()
+    snapshot: Task = Task()
+    plan: Task = Task()
+    tag: Task = Task()
+    load_back: Task = Task()
+    report: Task = Task()
+
+    def of(self, step: str) -> Task:
+        """Return a step's settings, those of `default` filled in."""
+        own: Task = getattr(self, step)
+        return self.default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 class Dataset(Model):
@@ -218,6 +268,8 @@ class Dataset(Model):
     limits: Limits = Limits()
     shards: Shards = Shards()
     alerts: Alerts = Alerts()
+    max_active_runs: int = Field(default=1, ge=1, le=1000)
+    tasks: Tasks = Tasks()
 
     @field_validator("schedule")
     @classmethod
@@ -265,6 +317,16 @@ class Dataset(Model):
         return self.target.conn_id or self.source.conn_id
 
     @property
+    def source_asset(self) -> str:
+        """URI of the source table, as an Airflow asset."""
+        return _asset(self.source.conn_id, self.source.table)
+
+    @property
+    def target_asset(self) -> str:
+        """URI of the target table, as an Airflow asset."""
+        return _asset(self.target_conn_id, self.target.table)
+
+    @property
     def tag_ids(self) -> list[str]:
         """The tags' ids, in file order."""
         return [tag.id for tag in self.tags]
@@ -278,6 +340,11 @@ class Dataset(Model):
     def source_zone(self) -> ZoneInfo:
         """The zone of naive timestamps in the source."""
         return ZoneInfo(self.source.timezone or self.timezone)
+
+
+def _asset(conn_id: str, table: str) -> str:
+    # Airflow takes ASCII only, and leaves schemes alone that begin with `x-`: for others it imports all providers
+    return f"x-tagger://{quote(conn_id)}/{quote(table)}"
 
 
 def _fires(schedule: str) -> bool:

@@ -8,7 +8,21 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tagger.dataset import LLM, Alerts, AssetSchedule, Dataset, Limits, Lock, Price, Shards, Source, Tag, Target
+from tagger.dataset import (
+    LLM,
+    Alerts,
+    AssetSchedule,
+    Dataset,
+    Limits,
+    Lock,
+    Price,
+    Shards,
+    Source,
+    Tag,
+    Target,
+    Task,
+    Tasks,
+)
 from tagger.exceptions import DatasetError, InputError, Mistake
 
 
@@ -202,6 +216,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "limits": Limits,
     "shards": Shards,
     "alerts": Alerts,
+    "tasks": Tasks,
+    **dict.fromkeys(Tasks.model_fields, Task),
 }
 
 

@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 BLANK = Answer("blank")
 CACHED = Answer("cached", answered=True)
-SKIPPED = Answer("skipped", error="not asked: the shard ended early; the next run asks")
+SKIPPED = Answer("skipped", error="not asked yet; the next run asks")
 DAMAGED = Answer("failed", error="the cache record was damaged; the next run tags the text again")
 
 
@@ -65,6 +65,8 @@ def load_back(run: Run, connections: Connections) -> Loaded:
     clock = time.monotonic()
     dataset, taken, planned = run.dataset(), run.snapshot(), run.plan()
     run.forget("load.json", "summary.json")
+    if taken.options.dry_run:
+        return _nothing_loaded(run, planned)
     cache = Cache(run.storage, planned.spec_id, dataset.llm.model)
     answers = _answers(run, planned, cache)
     engine = database(dataset.target_conn_id, connections)
@@ -100,9 +102,27 @@ def load_back(run: Run, connections: Connections) -> Loaded:
     return loaded
 
 
+def _nothing_loaded(run: Run, planned: Plan) -> Loaded:
+    loaded = Loaded(
+        written=0,
+        deleted=0,
+        tagged=0,
+        refused=0,
+        failed=0,
+        skipped=planned.new,
+        pending=0,
+        damaged=0,
+        tags={},
+        seconds=0.0,
+    )
+    run.write("load.json", loaded)
+    logger.info("load_back: nothing is written in a dry run")
+    return loaded
+
+
 def _answers(run: Run, planned: Plan, cache: Cache) -> dict[str, Answer]:
     """Return what became of the plan's new texts, by key: from the attempts' books, and from the cache for the rest."""
-    outcomes = latest_outcomes(read_attempts(run))
+    outcomes = latest_outcomes(a for a in read_attempts(run) if a.plan_id == planned.plan_id)
     answers: dict[str, Answer] = {}
     for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id)):
         for key in batch.column("key").to_pylist():
@@ -255,7 +275,7 @@ class Loading:
         not_newer = target.c.snapshot_at <= self._taken.taken_at
         blank = sa.select(stage.c.row_id).where(stage.c.status == "blank")
         deleted = self._connection.execute(target.delete().where(target.c.row_id.in_(blank), not_newer)).rowcount
-        if self._taken.selection.rows != "all" or self._taken.rows == 0:
+        if self._taken.selection.rows != "all" or self._taken.rows == 0 or self._taken.options.limit is not None:
             return deleted, None
         gone = sa.and_(~sa.exists().where(stage.c.row_id == target.c.row_id), not_newer)
         count = self._connection.execute(sa.select(sa.func.count()).select_from(target).where(gone)).scalar_one()

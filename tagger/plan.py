@@ -3,19 +3,21 @@
 import logging
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
-from tagger.cache import Cache
+from tagger.cache import Cache, Usage
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
-from tagger.price import price_of
+from tagger.price import ANSWER_TOKENS, cost_usd, estimated_tokens, price_of, usd
+from tagger.prompt import instructions
 from tagger.runs import (
     WAVE_CHARS,
     WAVE_TEXTS,
@@ -41,6 +43,9 @@ SHARD_SCHEMA = pa.schema([("key", pa.string()), ("row_id", pa.string()), ("text"
 
 
 WITHOUT_LOCK = "without `lock`, two runs or machines that ask the same text at the same time may both pay for it"
+
+RECORDS_A_READ = 5000
+"""Records fetched at once where refused texts are looked for."""
 
 BUFFERED_CHARS = 64_000_000
 """Of the waves of all shards that are being filled: what bounds the memory where texts are long."""
@@ -68,14 +73,29 @@ def plan(run: Run, connections: Connections) -> Plan:
     _check_budget(dataset)
     run.forget("plan.json", "load.json", "summary.json")
     plan_id, spec = uuid.uuid4().hex[:8], spec_id(dataset)
+    cache = Cache(run.storage, spec, dataset.llm.model)
     with opened_parquet(run.storage, taken.rows_file) as snapshot:
         with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
             texts = _write_rows(snapshot, parquet, spec, dataset.source.max_chars)
-        new = Cache(run.storage, spec, dataset.llm.model).missing(texts.keys)
+        new = cache.missing(texts.keys)
+        refused = set[str]()
+        if taken.options.retry_refused:
+            refused = _refused(cache, texts.keys - new, dataset, taken, connections)
+            new |= refused
         with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
             parquet.write({"key": list(new)})
         cached = len(texts.keys) - len(new)
-        shards = _write_shards(run, snapshot, dataset, plan_id, new) if new else []
+        asked = NewTexts(snapshot, new, taken.options.limit)
+        shards: list[Shard] = []
+        if new:
+            with opened_parquet(run.storage, rows_path(run, plan_id)) as rows:
+                if taken.options.dry_run:
+                    asked.count(rows)
+                else:
+                    shards = _write_shards(run, asked, rows, dataset, plan_id)
+    if not taken.options.dry_run:
+        for key in refused - asked.left:  # what has a record is not asked
+            cache.remove(key)
     target_rows, older_rows, older_texts = _target_state(dataset, taken, spec, connections)
     planned = Plan(
         plan_id=plan_id,
@@ -87,6 +107,8 @@ def plan(run: Run, connections: Connections) -> Plan:
         too_long=len(texts.too_long),
         too_long_row=next(iter(texts.too_long.values()), None),
         new=len(texts.keys) - cached,
+        asked_again=len(refused),
+        estimated_usd=_estimate(dataset, cache, asked),
         shards=shards,
         target_rows=target_rows,
         older_spec_rows=older_rows,
@@ -95,20 +117,30 @@ def plan(run: Run, connections: Connections) -> Plan:
         seconds=time.monotonic() - clock,
     )
     run.write("plan.json", planned)
-    for line in describe(planned, dataset, takes_all=taken.selection.rows == "all"):
+    for line in describe(planned, dataset, taken):
         logger.info("plan: %s", line)
     return planned
 
 
-def describe(planned: Plan, dataset: Dataset, *, takes_all: bool) -> list[str]:
-    """Return the plan in words; `takes_all` tells whether the run takes the whole table."""
+def describe(planned: Plan, dataset: Dataset, taken: Snapshot) -> list[str]:
+    """Return the plan in words."""
+    limit = taken.options.limit
     lines = [
         f"{planned.rows} rows ({planned.blank} more are blank), {planned.texts} distinct texts: "
         f"{planned.cached} cached, {planned.new} new"
         + (f", {planned.too_long} over {dataset.source.max_chars} characters" if planned.too_long else "")
         + f"; {len(planned.shards)} shards; spec {planned.spec_id}"
     ]
+    if planned.asked_again:
+        lines.append(f"{planned.asked_again} of the new texts were refused before (`retry_refused`)")
+    if limit is not None and limit < planned.new:
+        lines.append(f"only the first {limit} new texts are asked (`limit`); the others are skipped until the next run")
+    if planned.new:
+        lines.append(f"estimated cost: {usd(planned.estimated_usd)}")
+    if taken.options.dry_run:
+        lines.append("dry run: no text is asked, nothing is written to the target")
     if planned.older_spec_rows:
+        takes_all = taken.selection.rows == "all"
         lines.append(
             f"the prompt, the tags or the model changed, which makes {planned.older_spec_texts} texts new: "
             f"{planned.older_spec_rows} of {planned.target_rows} rows of the target hold another spec; "
@@ -116,14 +148,7 @@ def describe(planned: Plan, dataset: Dataset, *, takes_all: bool) -> list[str]:
         )
     if planned.new and dataset.lock is None:
         lines.append(WITHOUT_LOCK)
-    return lines + not_in_force(dataset)
-
-
-def not_in_force(dataset: Dataset) -> list[str]:
-    """Return what the dataset file asks for and this version does not do."""
-    if dataset.alerts.to or dataset.alerts.deadline is not None:
-        return ["`alerts` is set, but not in force in this version"]
-    return []
+    return lines
 
 
 def _check_budget(dataset: Dataset) -> None:
@@ -134,6 +159,31 @@ def _check_budget(dataset: Dataset) -> None:
             f"`limits.max_cost_usd` is set, but the price of `{dataset.llm.model}` is not known: set `llm.price` "
             "(0 for a local model), or `max_cost_usd: null`"
         )
+
+
+def _refused(cache: Cache, cached: set[str], dataset: Dataset, taken: Snapshot, connections: Connections) -> set[str]:
+    """Return which of the cached texts are refused. Records of texts that the target has as tagged are not read."""
+    engine = database(dataset.target_conn_id, connections)
+    with connecting(engine, dataset.target_conn_id) as connection:
+        target = existing_target(connection, dataset.target.table, taken.id_type)
+        if target is not None:
+            tagged = sa.select(target.c.cache_key).where(target.c.status == "tagged")
+            cached = cached.difference(connection.execute(tagged).scalars())
+    keys, refused = iter(cached), set[str]()
+    while part := list(islice(keys, RECORDS_A_READ)):
+        refused.update(key for key, record in cache.read_many(part).items() if record.status == "refused")
+    return refused
+
+
+def _estimate(dataset: Dataset, cache: Cache, asked: "NewTexts") -> float | None:
+    """Return about what the texts will cost: by the spec's records, or where there are none, by the texts' lengths."""
+    if not asked.texts:
+        return 0.0
+    mean = cache.mean_cost()
+    if mean is not None:
+        return mean * asked.texts
+    tokens = asked.tokens + asked.texts * estimated_tokens(instructions(dataset))
+    return cost_usd(Usage(input=tokens, output=ANSWER_TOKENS * asked.texts), price_of(dataset.llm))
 
 
 def _rows_schema(taken: Snapshot) -> pa.Schema:
@@ -165,6 +215,42 @@ def _write_rows(snapshot: pq.ParquetFile, parquet: ParquetFile, spec: str, max_c
     return texts
 
 
+class NewTexts:
+    """The first new texts of a snapshot, in the order of its rows, each once."""
+
+    def __init__(self, snapshot: pq.ParquetFile, new: set[str], limit: int | None) -> None:
+        self._snapshot = snapshot
+        self.left = new
+        """Keys of the new texts that were not given out; the set is emptied on the way."""
+        self.size = len(new) if limit is None else min(limit, len(new))
+        self.texts = 0
+        self.tokens = 0
+        """About how many the texts that were given out have."""
+
+    def read(self, rows: pq.ParquetFile) -> Iterator[tuple[str, str, str]]:
+        """Yield key, row id and text; `rows` are the plan's."""
+        for group in range(self._snapshot.num_row_groups):
+            known = rows.read_row_group(group, ["key", "too_long"]).to_pydict()
+            picked = []
+            for i, (key, long) in enumerate(zip(known["key"], known["too_long"], strict=True)):
+                if key in self.left and not long and self.texts < self.size:
+                    self.left.remove(key)
+                    self.texts += 1
+                    picked.append(i)
+            if picked:
+                found = self._snapshot.read_row_group(group).take(picked).to_pydict()
+                for i, row_id, text in zip(picked, found["id"], found["text"], strict=True):
+                    self.tokens += estimated_tokens(text)
+                    yield known["key"][i], str(row_id), text
+            if self.texts == self.size:
+                break
+
+    def count(self, rows: pq.ParquetFile) -> None:
+        """Read them all, for the sake of their number and length."""
+        for _ in self.read(rows):
+            pass
+
+
 class ShardFile:
     """A shard's file while it is written: a row group for each wave of texts."""
 
@@ -191,27 +277,16 @@ class ShardFile:
         self._wave, self._chars = [], 0
 
 
-def _write_shards(run: Run, snapshot: pq.ParquetFile, dataset: Dataset, plan_id: str, new: set[str]) -> list[Shard]:
-    """Deal the new texts out to the shards in the order of their first rows, and take them out of `new`."""
-    count = min(dataset.shards.max, -(-len(new) // dataset.shards.texts_per_shard))
+def _write_shards(run: Run, asked: NewTexts, rows: pq.ParquetFile, dataset: Dataset, plan_id: str) -> list[Shard]:
+    """Deal the new texts out to the shards, in the order of their first rows."""
+    count = min(dataset.shards.max, -(-asked.size // dataset.shards.texts_per_shard))
     wave_chars = min(WAVE_CHARS, BUFFERED_CHARS // count)
     with ExitStack() as stack:
-        rows = stack.enter_context(opened_parquet(run.storage, rows_path(run, plan_id)))
         paths = [shard_path(run, plan_id, i + 1) for i in range(count)]
         parquets = [stack.enter_context(writing_parquet(run.storage, path, SHARD_SCHEMA)) for path in paths]
         files = [ShardFile(parquet, wave_chars) for parquet in parquets]
-        turn = cycle(files)
-        for group in range(snapshot.num_row_groups):
-            known = rows.read_row_group(group, ["key", "too_long"]).to_pydict()
-            picked = []
-            for i, (key, long) in enumerate(zip(known["key"], known["too_long"], strict=True)):
-                if key in new and not long:
-                    new.remove(key)
-                    picked.append(i)
-            if picked:
-                found = snapshot.read_row_group(group).take(picked).to_pydict()
-                for i, row_id, text in zip(picked, found["id"], found["text"], strict=True):
-                    next(turn).add(known["key"][i], str(row_id), text)
+        for file, text in zip(cycle(files), asked.read(rows), strict=False):
+            file.add(*text)
         for file in files:
             file.end_wave()
     return [Shard(shard=i + 1, of=count, texts=file.texts) for i, file in enumerate(files)]

@@ -3,6 +3,9 @@
 from tagger.cache import Usage
 from tagger.dataset import LLM, Price
 
+ANSWER_TOKENS = 400
+"""Of an answer that nothing is known of yet; reasoning models take some hundred, others a tenth of that."""
+
 
 def price_of(llm: LLM) -> Price | None:
     """Return the price of a dataset's model: the file's, else the price library's, else None (unknown)."""
@@ -30,3 +33,16 @@ def cost_usd(usage: Usage, price: Price | None) -> float | None:
     cached_price = price.input if price.cached_input is None else price.cached_input
     fresh = max(usage.input - usage.cached_input, 0)
     return (fresh * price.input + usage.cached_input * cached_price + usage.output * price.output) / 1_000_000
+
+
+def estimated_tokens(text: str) -> int:
+    """Return about how many tokens a text has: 4 characters each in English, 1 in Japanese."""
+    wide = (len(text.encode(errors="replace")) - len(text)) // 2  # three bytes each
+    return wide + (len(text) - wide) // 4
+
+
+def usd(amount: float | None) -> str:
+    """Return an amount of money to read."""
+    if amount is None:
+        return "an unknown amount"
+    return f"${amount:,.2f}" if amount >= 100 or amount == 0 else f"${amount:.4f}"

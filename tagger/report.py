@@ -12,6 +12,7 @@ from tagger.cache import Cache
 from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
+from tagger.price import usd
 from tagger.runs import File, Loaded, Plan, Run, utc_now
 from tagger.storage import Storage
 
@@ -42,6 +43,7 @@ class Summary(File):
     spec_id: str
     model: str
     mode: str
+    dry_run: bool = False
     state: Literal["success", "failed"]
     reason: str | None
     started_at: AwareDatetime
@@ -59,6 +61,8 @@ class Summary(File):
     input_tokens: int
     cached_input_tokens: int
     output_tokens: int
+    estimated_usd: float | None = None
+    """What the plan expected the new texts to cost."""
     cost_usd: float | None
     """None where the price is not known."""
     saved_usd: float | None
@@ -102,6 +106,7 @@ def report(run: Run) -> Summary:
         spec_id=planned.spec_id,
         model=dataset.llm.model,
         mode=dataset.llm.mode,
+        dry_run=taken.options.dry_run,
         state="failed" if reasons else "success",
         reason="; ".join(reasons) or None,
         started_at=taken.started_at,
@@ -119,6 +124,7 @@ def report(run: Run) -> Summary:
         input_tokens=_total(attempts, "input_tokens"),
         cached_input_tokens=_total(attempts, "cached_input_tokens"),
         output_tokens=_total(attempts, "output_tokens"),
+        estimated_usd=planned.estimated_usd,
         cost_usd=None if None in costs else sum(cost or 0.0 for cost in costs),
         saved_usd=None if mean_cost is None else cached * mean_cost,
         seconds={step: round(value, 3) for step, value in seconds.items()},
@@ -199,25 +205,22 @@ def describe(summary: Summary) -> list[str]:
     errors = ", ".join(f"{kind} {e.count} (such as row {e.row_id})" for kind, e in s.errors.items())
     tags = ", ".join(f"{tag} {count}" for tag, count in list(s.tags.items())[:12])
     lines = [
-        f"{s.dataset} {s.day} · {s.run_id} · {s.state}" + (f": {s.reason}" if s.reason else ""),
+        f"{s.dataset} {s.day} · {s.run_id} · {s.state}"
+        + (" (dry run)" if s.dry_run else "")
+        + (f": {s.reason}" if s.reason else ""),
         f"  rows     {s.rows:,} with a text, {s.blank:,} blank",
         f"  texts    {s.texts:,} distinct: {s.cached:,} cached, {s.tagged:,} tagged, {s.refused:,} refused, "
         f"{s.failed:,} failed, {s.skipped:,} skipped, {s.pending:,} pending",
         f"  LLM      {s.llm_requests:,} requests, {s.input_tokens:,} tokens in ({s.cached_input_tokens:,} cached), "
         f"{s.output_tokens:,} out, {s.model}",
-        f"  cost     {usd(s.cost_usd)} spent, {usd(s.saved_usd)} saved by the cache",
+        f"  cost     {usd(s.cost_usd)} spent"
+        + ("" if s.estimated_usd is None else f" ({usd(s.estimated_usd)} estimated)")
+        + f", {usd(s.saved_usd)} saved by the cache",
         "  seconds  " + ", ".join(f"{step} {value:.1f}" for step, value in s.seconds.items()),
     ]
     lines += [f"  tags     {tags}"] if tags else []
     lines += [f"  errors   {errors}"] if errors else []
     return lines
-
-
-def usd(amount: float | None) -> str:
-    """Return an amount of money to read."""
-    if amount is None:
-        return "an unknown amount"
-    return f"${amount:,.2f}" if amount >= 100 or amount == 0 else f"${amount:.4f}"
 
 
 def summaries(storage: Storage, dataset_name: str) -> list[Summary]:

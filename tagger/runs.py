@@ -24,7 +24,7 @@ from tagger.dataset import Dataset
 from tagger.dataset_files import parse_dataset
 from tagger.exceptions import InputError, StorageError
 from tagger.storage import Storage
-from tagger.window import Selection
+from tagger.window import Options, Selection
 
 RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 """Airflow's pattern (`allowed_run_id_pattern`)."""
@@ -51,6 +51,7 @@ class Snapshot(File):
     rows: int
     id_type: IdType
     selection: Selection
+    options: Options = Options()
     taken_at: AwareDatetime
     """Database time at the snapshot's start."""
     started_at: AwareDatetime
@@ -92,6 +93,10 @@ class Plan(File):
     """Rows of the target whose tags come from another spec."""
     older_spec_texts: int = 0
     """Distinct texts of those rows."""
+    asked_again: int = 0
+    """Of the new texts, those that were refused before."""
+    estimated_usd: float | None = None
+    """What the new texts, those over the run's limit aside, will cost about; None where the price is not known."""
     planned_at: AwareDatetime
     seconds: float
 

@@ -20,7 +20,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
 from tagger.tables import column, connecting, existing_target, id_type, reflect
-from tagger.window import Selection
+from tagger.window import Options, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,19 @@ ROWS_A_WRITE = 20_000
 IDS_A_QUERY = 500
 
 
-def snapshot(dataset: Dataset, run: Run, selection: Selection, connections: Connections) -> Snapshot:
+def snapshot(
+    dataset: Dataset, run: Run, selection: Selection, connections: Connections, options: Options | None = None
+) -> Snapshot:
     """Take the selected rows out of the source into the run's snapshot, and freeze the dataset for the later steps.
 
     Raises:
         InputError: a table or column is missing, an id or timestamp is of no known kind, an id appears twice.
     """
     clock, started_at = time.monotonic(), utc_now()
+    options = options or Options()
+    if options.max_cost_usd is not None:
+        limits = dataset.limits.model_copy(update={"max_cost_usd": options.max_cost_usd})
+        dataset = dataset.model_copy(update={"limits": limits})
     run.storage.check()
     run.forget("snapshot.json", "plan.json", "load.json", "summary.json")
     run.freeze(dataset)
@@ -50,7 +56,8 @@ def snapshot(dataset: Dataset, run: Run, selection: Selection, connections: Conn
     with connecting(engine, dataset.source.conn_id) as connection:
         source = SourceTable(connection, dataset)
         taken_at = _database_time(connection)
-        unfinished = _unfinished(dataset, source.id_type, connections) if selection.unfinished else set()
+        statuses = (*UNFINISHED, "refused") if options.retry_refused else UNFINISHED
+        unfinished = _rows_with(statuses, dataset, source.id_type, connections) if selection.unfinished else set()
         with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
             rows = 0
             for batch in _batches(source.rows(selection, unfinished)):
@@ -61,6 +68,7 @@ def snapshot(dataset: Dataset, run: Run, selection: Selection, connections: Conn
         rows=rows,
         id_type=source.id_type,
         selection=selection,
+        options=options,
         taken_at=taken_at,
         started_at=started_at,
         seconds=time.monotonic() - clock,
@@ -102,14 +110,14 @@ def _database_time(connection: sa.Connection) -> datetime:
     return instant.astimezone(UTC)
 
 
-def _unfinished(dataset: Dataset, ids: IdType, connections: Connections) -> set[Any]:
-    """Return the ids of the target's rows that still wait for an answer."""
+def _rows_with(statuses: Iterable[str], dataset: Dataset, ids: IdType, connections: Connections) -> set[Any]:
+    """Return the ids of the target's rows with one of these statuses."""
     engine = database(dataset.target_conn_id, connections)
     with connecting(engine, dataset.target_conn_id) as connection:
         target = existing_target(connection, dataset.target.table, ids)
         if target is None:
             return set()
-        query = sa.select(target.c.row_id).where(target.c.status.in_(UNFINISHED))
+        query = sa.select(target.c.row_id).where(target.c.status.in_(statuses))
         return set(connection.execute(query).scalars())
 
 

@@ -200,7 +200,8 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
     client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
     earlier = read_attempts(run, number)
     cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
-    cache.assume(key for key, o in latest_outcomes(earlier).items() if o.status in ("tagged", "refused"))
+    answered = latest_outcomes(attempt for attempt in earlier if attempt.plan_id == plan.plan_id)
+    cache.assume(key for key, outcome in answered.items() if outcome.status in ("tagged", "refused"))
     budget = None
     if dataset.limits.max_cost_usd is not None:
         spent = sum(cost or 0.0 for attempt in earlier for cost in attempt.values("cost_usd"))
@@ -221,11 +222,11 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
             locks=locks,
             recheck=bool(earlier) or locks is not None,
         )
-        answered = texts.answered()
-        if answered < shard.texts:
+        done = texts.answered()
+        if done < shard.texts:
             if budget is not None and budget <= 0:
                 raise budget_reached()
-            with showing(shard, ledger, answered):
+            with showing(shard, ledger, done):
                 _build(dataset, shard, texts, asker, throttle, locks)
         counts = ledger.counts()
     logger.info("%s: %s", shard.name, ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing to do")

@@ -1,10 +1,10 @@
 """Today's rows: which rows of the source a run takes."""
 
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Literal
+from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
@@ -13,6 +13,35 @@ RunKind = Literal["regular", "backfill"]
 """Every run that is not of a backfill is regular: scheduled, triggered in any way, or of the console script."""
 
 ONE_DAY = timedelta(days=1)
+
+
+class Options(BaseModel):
+    """What a run does otherwise than the dataset file says, as whoever starts it wants it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    limit: int | None = Field(default=None, ge=1)
+    """Ask for no more new texts than so many, in the order of the rows; the others are `skipped`."""
+    dry_run: bool = False
+    """Plan, and stop there: no call, and nothing written to the target."""
+    retry_refused: bool = False
+    """Take the rows that are `refused` too, and ask for their texts again."""
+    max_cost_usd: float | None = Field(default=None, gt=0)
+    """Instead of the dataset file's `limits.max_cost_usd`."""
+
+
+def run_options(**options: Any) -> Options:
+    """Return a run's options.
+
+    Raises:
+        InputError: one of them is out of its range.
+    """
+    try:
+        return Options(**options)
+    except ValidationError as e:
+        [error, *_] = e.errors(include_url=False)
+        message = str(error["msg"]).removeprefix("Input should be ")
+    raise InputError(f"`{error['loc'][0]}`: found {error['input']!r}, expected {message[0].lower() + message[1:]}")
 
 
 class Selection(BaseModel):

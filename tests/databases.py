@@ -119,6 +119,9 @@ def watch(storage: Storage) -> Requests:
     return requests
 
 
+REFUSAL = completion(None, refusal="I will not.")
+
+
 def teach(llm: StandIn, **replies: Reply) -> None:
     """Make the stand-in answer texts that contain a word with a reply of ours, and the others as ever."""
 

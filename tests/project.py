@@ -20,7 +20,7 @@ from tagger.runs import IdType, Run, open_run
 from tagger.snapshot import snapshot
 from tagger.tables import new_target, reflect
 from tagger.tag import tag
-from tagger.window import RunKind, select_rows
+from tagger.window import Options, RunKind, select_rows
 from tests.servers import S3Store
 
 MINIMAL: dict[str, Any] = {
@@ -119,11 +119,12 @@ class Project:
         kind: RunKind = "regular",
         day: date | None = None,
         all_rows: bool = False,
+        options: Options | None = None,
     ) -> Run:
         """Take the snapshot of a new run, and return the run."""
         run = self.open(run_id or f"test__{uuid.uuid4().hex[:8]}")
         selection = select_rows(self.dataset, end=end or datetime.now(UTC), kind=kind, day=day, all_rows=all_rows)
-        snapshot(self.dataset, run, selection, self.connections)
+        snapshot(self.dataset, run, selection, self.connections, options)
         return run
 
     def run(self, run_id: str | None = None, **selection: Any) -> Summary:

@@ -157,6 +157,11 @@ def test_full_example_has_the_values_it_states(tmp_path: Path) -> None:
         "limits": {"max_cost_usd": 20.0, "max_failed_fraction": 0.01, "max_deleted_fraction": 0.1},
         "shards": {"texts_per_shard": 5000, "max": 16},
         "alerts": {"to": ["team@example.com"], "deadline": "7200s"},
+        "max_active_runs": 1,
+        "tasks": {
+            step: {"queue": None, "timeout": None, "retries": 3, "executor_config": {}}
+            for step in ("default", "snapshot", "plan", "tag", "load_back", "report")
+        },
     }
 
 

@@ -25,11 +25,10 @@ from tagger.runs import Loaded, Run
 from tagger.spec import spec_id, text_key
 from tagger.tables import new_target
 from tagger.tag import tag
-from tests.databases import DATABASES, database_connection, failing_on, make_project, put_rows, teach, watch
+from tests.databases import DATABASES, REFUSAL, database_connection, failing_on, make_project, put_rows, teach, watch
 from tests.project import Project
 from tests.servers import PostgreSQL
 
-REFUSAL = completion(None, refusal="I will not.")
 REJECTED = error(400, "no", "odd_text")
 
 
@@ -340,7 +339,7 @@ def test_texts_that_were_not_asked_are_skipped(project: Project) -> None:
     statuses = sorted(row.status for row in project.target().values())
     assert statuses == ["skipped", "skipped", "tagged"]
     assert {row.error for row in project.target().values() if row.status == "skipped"} == {
-        "not asked: the shard ended early; the next run asks"
+        "not asked yet; the next run asks"
     }
 
 
@@ -733,7 +732,7 @@ def test_what_killed_attempts_answered_is_taken_from_the_cache_a_part_at_a_time(
     target = project.target()
     assert {row_id: (row.status, row.error, row.tags) for row_id, row in target.items()} == {
         **{number: ("tagged", None, ["fruit"]) for number in (0, 1, 2, 4)},
-        3: ("skipped", "not asked: the shard ended early; the next run asks", None),
+        3: ("skipped", "not asked yet; the next run asks", None),
         5: ("refused", "refusal", None),
         6: ("tagged", None, []),
     }

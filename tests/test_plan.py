@@ -11,7 +11,10 @@ import pytest
 
 from tagger.cache import Cache, Record, Usage
 from tagger.exceptions import InputError, StorageError
+from tagger.load import load_back
 from tagger.plan import WITHOUT_LOCK, describe, plan
+from tagger.price import ANSWER_TOKENS, estimated_tokens
+from tagger.prompt import instructions
 from tagger.runs import (
     Plan,
     Run,
@@ -22,7 +25,8 @@ from tagger.runs import (
     shard_path,
 )
 from tagger.spec import normalise, spec_id, text_key
-from tests.databases import DATABASES, make_project, put_rows, watch
+from tagger.window import Options
+from tests.databases import DATABASES, REFUSAL, make_project, put_rows, teach, watch
 from tests.project import Project
 
 
@@ -329,13 +333,13 @@ def test_the_cache_is_asked_in_bulk(project: Project) -> None:
 def test_a_new_spec_makes_all_texts_new_and_counts_the_rows_of_the_old_one(either: Project) -> None:
     put_all(either, "apple", "zebra", "apple", None)
     either.run()
-    either.change(revision=2)
+    either.change(revision=2, source={"updated_at": "updated_at"})
 
-    _, planned = make_plan(either)
+    run, planned = make_plan(either)
 
     assert (planned.cached, planned.new) == (0, 2)
     assert (planned.target_rows, planned.older_spec_rows) == (3, 3)
-    [_, told, _] = describe(planned, either.dataset, takes_all=False)
+    [_, _, told, _] = describe(planned, either.dataset, run.snapshot())
     assert "makes 2 texts new: 3 of 3 rows" in told
     assert "--all" in told
 
@@ -344,10 +348,10 @@ def test_under_the_same_spec_nothing_is_said_of_old_rows(either: Project) -> Non
     put_all(either, "apple")
     either.run()
 
-    _, planned = make_plan(either)
+    run, planned = make_plan(either)
 
     assert (planned.target_rows, planned.older_spec_rows) == (1, 0)
-    assert len(describe(planned, either.dataset, takes_all=False)) == 1
+    assert len(describe(planned, either.dataset, run.snapshot())) == 1
 
 
 def test_the_plan_says_what_is_new(project: Project) -> None:
@@ -355,20 +359,11 @@ def test_the_plan_says_what_is_new(project: Project) -> None:
     project.change(source={"max_chars": 20})
     write_record(project, "zebra")
 
-    _, planned = make_plan(project)
+    run, planned = make_plan(project)
 
-    told = describe(planned, project.dataset, takes_all=False)[0]
+    told = describe(planned, project.dataset, run.snapshot())[0]
     for words in ("3 rows", "1 more are blank", "3 distinct texts", "1 cached", "1 new", "1 over 20", "1 shards"):
         assert words in told
-
-
-def test_settings_that_are_not_in_force_are_told(project: Project) -> None:
-    _, planned = make_plan(project)
-    project.change(lock={"conn_id": "redis"}, llm={"requests_per_minute": 5}, alerts={"to": ["team@example.com"]})
-
-    told = describe(planned, project.dataset, takes_all=False)[1:]
-
-    assert told == ["`alerts` is set, but not in force in this version"]
 
 
 @pytest.mark.parametrize(
@@ -384,9 +379,10 @@ def test_what_is_not_sure_without_a_lock_is_told_where_there_are_new_texts(
     if cached:
         write_record(project, "apple")
 
-    _, planned = make_plan(project)
+    run, planned = make_plan(project)
 
-    assert describe(planned, project.dataset, takes_all=False)[1:] == expected
+    told = describe(planned, project.dataset, run.snapshot())[1:]
+    assert [line for line in told if not line.startswith("estimated cost: ")] == expected
 
 
 def test_a_budget_needs_a_known_price(project: Project) -> None:
@@ -469,3 +465,119 @@ def test_a_text_that_is_too_long_in_one_row_alone_is_counted_once(project: Proje
 
     assert (summary.rows, summary.texts, summary.tagged, summary.refused) == (2, 1, 1, 0)
     assert [row.status for row in project.target().values()] == ["tagged", "refused"]
+
+
+# Options of a run
+
+
+def asking(project: Project, **options: Any) -> tuple[Run, Plan]:
+    """Plan a run over all rows with these options."""
+    run = project.take(all_rows=True, options=Options(**options))
+    return run, plan(run, project.connections)
+
+
+def test_a_limit_takes_the_first_new_texts_in_the_order_of_the_rows(either: Project) -> None:
+    put_all(either, "apple", "zebra", "apple", "rain", "storm")
+    write_record(either, "zebra")
+    either.change(shards={"texts_per_shard": 1})
+
+    run, planned = asking(either, limit=2)
+
+    assert (planned.new, planned.cached, len(planned.shards)) == (3, 1, 2)
+    assert sorted(chain(*shard_texts(run, planned))) == ["apple", "rain"]
+    told = describe(planned, either.dataset, run.snapshot())
+    assert "only the first 2 new texts are asked (`limit`); the others are skipped until the next run" in told
+
+
+def test_a_limit_beyond_the_new_texts_changes_nothing(project: Project) -> None:
+    put_all(project, "apple", "zebra")
+
+    run, planned = asking(project, limit=3)
+
+    assert sorted(chain(*shard_texts(run, planned))) == ["apple", "zebra"]
+    assert "limit" not in " ".join(describe(planned, project.dataset, run.snapshot()))
+
+
+def test_a_dry_run_has_no_shards_and_the_estimate_of_the_real_one(project: Project) -> None:
+    put_all(project, "apple", "zebra", "大きな林檎" * 50)
+
+    dry_run, dry = asking(project, dry_run=True)
+    _, real = asking(project)
+
+    assert (dry.new, dry.shards) == (3, [])
+    assert dry.estimated_usd == real.estimated_usd
+    assert dry.estimated_usd is not None and dry.estimated_usd > 0
+    told = describe(dry, project.dataset, dry_run.snapshot())
+    assert "dry run: no text is asked, nothing is written to the target" in told
+    assert not [path for path, _ in dry_run.storage.list(dry_run.texts) if "shard-" in path]
+
+
+def test_without_records_the_estimate_goes_by_the_lengths_and_the_limit(project: Project) -> None:
+    put_all(project, "a" * 4000, "b" * 4000)
+    fixed = estimated_tokens(instructions(project.dataset))
+
+    _, one = asking(project, limit=1)
+    _, two = asking(project)
+
+    expected = ((1000 + fixed) * 1.0 + ANSWER_TOKENS * 10.0) / 1_000_000  # the stand-in's price
+    assert one.estimated_usd == pytest.approx(expected)
+    assert two.estimated_usd == pytest.approx(2 * expected)
+
+
+def test_with_records_the_estimate_is_their_mean_cost(project: Project) -> None:
+    put_all(project, "apple", "zebra")
+    summary = project.run()
+    project.put(2, "rain")
+    project.put(3, "storm")
+
+    _, planned = asking(project)
+
+    assert summary.cost_usd is not None
+    assert planned.estimated_usd == pytest.approx(summary.cost_usd / 2 * 2)
+
+
+def test_with_nothing_new_the_estimate_is_nothing_and_without_a_price_unknown(project: Project) -> None:
+    put_all(project, "apple")
+    project.change(llm={"price": None})
+
+    assert asking(project)[1].estimated_usd is None
+    write_record(project, "apple")
+    assert asking(project)[1].estimated_usd == 0
+
+
+def test_refused_texts_are_new_again_only_when_that_is_asked_for(either: Project) -> None:
+    teach(either.llm, secretly=REFUSAL)
+    put_all(either, "apple", "apple, secretly", "zebra, secretly")
+    either.run()
+
+    _, as_usual = asking(either)
+    run, again = asking(either, retry_refused=True)
+
+    assert (as_usual.new, as_usual.cached) == (0, 3)
+    assert (again.new, again.cached, again.asked_again) == (2, 1, 2)
+    assert sorted(chain(*shard_texts(run, again))) == ["apple, secretly", "zebra, secretly"]
+
+
+def test_refused_texts_are_found_where_the_target_knows_nothing_of_them(project: Project) -> None:
+    teach(project.llm, secretly=REFUSAL)
+    put_all(project, "apple", "apple, secretly")
+    project.run()
+    project.execute("DELETE FROM note_tags")
+
+    _, again = asking(project, retry_refused=True)
+
+    assert (again.new, again.asked_again) == (1, 1)
+
+
+def test_a_refused_text_that_is_not_asked_again_keeps_its_record(project: Project) -> None:
+    teach(project.llm, secretly=REFUSAL)
+    put_all(project, "apple, secretly", "rain, secretly", "zebra, secretly")
+    project.run()
+
+    asking(project, retry_refused=True, dry_run=True)
+    assert asking(project)[1].cached == 3
+    run, _ = asking(project, retry_refused=True, limit=1)
+
+    load_back(run, project.connections)
+    assert asking(project)[1].cached == 2
+    assert Counter(row.status for row in project.target().values()) == {"refused": 2, "skipped": 1}

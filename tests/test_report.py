@@ -348,10 +348,22 @@ def test_the_summary_has_all_that_the_design_names_and_is_written(project: Proje
     summary = project.run("one")
 
     assert list(summary.model_dump()) == [
-        *("dataset", "run_id", "day", "window", "spec_id", "model", "mode", "state", "reason", "started_at"),
-        *("finished_at", "rows", "blank", "texts", "cached", "tagged", "refused", "failed", "skipped", "pending"),
-        *("llm_requests", "input_tokens", "cached_input_tokens", "output_tokens", "cost_usd", "saved_usd"),
-        *("seconds", "tags", "errors"),
+        *("dataset", "run_id", "day", "window", "spec_id", "model", "mode", "dry_run", "state", "reason"),
+        *(
+            "started_at",
+            "finished_at",
+            "rows",
+            "blank",
+            "texts",
+            "cached",
+            "tagged",
+            "refused",
+            "failed",
+            "skipped",
+            "pending",
+        ),
+        *("llm_requests", "input_tokens", "cached_input_tokens", "output_tokens", "estimated_usd"),
+        *("cost_usd", "saved_usd", "seconds", "tags", "errors"),
     ]
     assert project.summary(project.open("one")) == summary
     assert (summary.dataset, summary.run_id, summary.mode, summary.state) == ("notes", "one", "online", "success")

@@ -20,8 +20,10 @@ from tagger.load import load_back
 from tagger.plan import plan
 from tagger.report import report
 from tagger.runs import Run
+from tagger.tables import reflect
 from tagger.tag import tag
-from tests.databases import DATABASES, failing_on, make_project, put_rows, teach
+from tagger.window import Options
+from tests.databases import DATABASES, REFUSAL, failing_on, make_project, put_rows, teach
 from tests.project import Project
 
 REJECTED = error(400, "no", "odd_text")
@@ -488,3 +490,120 @@ def test_an_old_window_does_not_reach_the_present(project: Project) -> None:
     project.change(source={"updated_at": "updated_at"})
 
     assert project.run(end=day(2)).rows == 0
+
+
+# Runs with options
+
+
+def statuses(project: Project) -> dict[Any, str]:
+    return {row_id: row.status for row_id, row in project.target().items()}
+
+
+def test_a_limited_run_skips_the_rest_and_the_next_run_asks_for_it(either: Project) -> None:
+    for row_id, text in enumerate(["apple", "zebra", "rain"]):
+        either.put(row_id, text)
+
+    tried = either.run(options=Options(limit=2))
+    next_run = either.run(end=datetime(2000, 1, 1, tzinfo=UTC))  # a window without rows
+
+    assert (tried.state, tried.tagged, tried.skipped) == ("success", 2, 1)
+    assert (next_run.tagged, next_run.skipped, next_run.llm_requests) == (1, 0, 1)
+    assert set(statuses(either).values()) == {"tagged"}
+
+
+def test_a_limited_run_deletes_nothing_that_is_gone_from_the_source(either: Project) -> None:
+    either.change(limits={"max_deleted_fraction": 1})
+    either.put(1, "apple")
+    either.put(2, "zebra")
+    either.run()
+    either.execute("DELETE FROM notes WHERE id = 1")
+
+    either.run(options=Options(limit=1))
+    kept = set(either.target())
+    either.run()
+
+    assert (kept, set(either.target())) == ({1, 2}, {2})
+
+
+def test_a_dry_run_asks_and_writes_nothing_and_reports_what_it_would_cost(either: Project) -> None:
+    either.put(1, "apple")
+    either.run()
+    before = either.target()
+    either.execute("DELETE FROM notes WHERE id = 1")
+    either.put(2, "zebra")
+
+    dry = either.run(options=Options(dry_run=True))
+
+    assert (dry.state, dry.dry_run, dry.tagged, dry.skipped, dry.llm_requests) == ("success", True, 0, 1, 0)
+    assert dry.estimated_usd is not None and dry.estimated_usd > 0 and dry.cost_usd == 0
+    assert len(either.llm.calls) == 1
+    assert either.target() == before
+
+
+def test_a_dry_run_does_not_even_make_the_target_table(either: Project) -> None:
+    either.put(1, "apple")
+
+    either.run(options=Options(dry_run=True))
+
+    with either.engine.connect() as connection:
+        assert reflect(connection, either.dataset.target.table) is None
+
+
+def test_refused_texts_are_asked_again_when_that_is_asked_for(either: Project) -> None:
+    either.put(1, "apple")
+    either.put(2, "zebra, secretly")
+    teach(either.llm, secretly=REFUSAL)
+    either.run()
+    teach(either.llm)
+    again = Options(retry_refused=True)
+
+    as_usual = either.run()
+    retried = either.run(end=datetime(2000, 1, 1, tzinfo=UTC), options=again)
+    calls = len(either.llm.calls)
+    once_more = either.run(options=again)
+
+    assert (as_usual.cached, as_usual.llm_requests) == (2, 0)
+    assert (retried.tagged, retried.refused, retried.llm_requests) == (1, 0, 1)
+    assert statuses(either) == {1: "tagged", 2: "tagged"}
+    assert tags(either)[2] == ["animal"]
+    assert (once_more.llm_requests, len(either.llm.calls)) == (0, calls)
+
+
+def test_a_text_refused_again_stays_refused_and_costs_the_next_run_nothing(either: Project) -> None:
+    either.put(1, "zebra, secretly")
+    teach(either.llm, secretly=REFUSAL)
+    either.run()
+
+    retried = either.run(options=Options(retry_refused=True))
+    next_run = either.run()
+
+    assert (retried.refused, retried.llm_requests) == (1, 1)
+    assert (next_run.cached, next_run.llm_requests) == (1, 0)
+    assert statuses(either) == {1: "refused"}
+
+
+def test_a_cleared_run_that_retries_refused_texts_asks_them_once_each_time(project: Project) -> None:
+    project.put(1, "zebra, secretly")
+    teach(project.llm, secretly=REFUSAL)
+    project.run()
+    again = Options(retry_refused=True)
+
+    project.run("again", options=again)
+    calls = len(project.llm.calls)
+    summary = project.run("again", options=again)
+
+    assert len(project.llm.calls) == calls + 1
+    assert (summary.refused, summary.texts) == (1, 1)
+
+
+def test_the_budget_of_one_run_may_differ_from_the_files(project: Project) -> None:
+    for row_id in range(20):
+        project.put(row_id, f"apple {row_id}")
+    project.change(limits={"max_cost_usd": 100}, llm={"concurrency": 1})
+
+    with pytest.raises(RunFailed, match="budget reached"):
+        project.run("one", options=Options(max_cost_usd=0.000001))
+
+    summary = project.summary(project.open("one"))
+    assert (summary.tagged, summary.skipped) == (1, 19)
+    assert project.run().tagged == 19

@@ -3,20 +3,25 @@
 Only counts and shard numbers are returned, for they go into XCom.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import get_current_context
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk import Asset, get_current_context
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
+from tagger.airflow.alerts import finished_with_failures
 from tagger.airflow.connections import connections_from_airflow
+from tagger.airflow.mails import mails_off
 from tagger.dataset import Dataset
 from tagger.dataset_files import load_dataset
 from tagger.exceptions import InputError, LLMStopped, LLMUnreachable, RunFailed, Unreachable
-from tagger.window import RunKind, Selection, select_rows
+from tagger.window import Options, RunKind, Selection, run_options, select_rows
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from tagger.runs import Run
@@ -29,7 +34,7 @@ def snapshot(path: Path) -> dict[str, Any]:
     with _airflow_errors():
         dataset = load_dataset(path)
         where = {"dataset": dataset.dataset, "storage": dataset.storage, "conn_id": dataset.storage_conn_id}
-        taken = step.snapshot(dataset, _run_in(where), _selection(dataset), connections_from_airflow)
+        taken = step.snapshot(dataset, _run_in(where), _selection(dataset), connections_from_airflow, _options())
         return {**where, "rows": taken.rows}
 
 
@@ -38,7 +43,10 @@ def plan() -> list[dict[str, Any]]:
     from tagger import plan as step
 
     with _airflow_errors():
-        planned = step.plan(_run(), connections_from_airflow)
+        run = _run()
+        planned = step.plan(run, connections_from_airflow)
+        if off := mails_off(run.dataset().alerts.to, connections_from_airflow):
+            logger.warning("%s", off)
         return [{"shard": shard.shard, "name": shard.name} for shard in planned.shards]
 
 
@@ -50,13 +58,21 @@ def tag(shard: int) -> dict[str, int]:
         return step.tag(_run(), shard, connections_from_airflow)
 
 
-def load_back() -> dict[str, int]:
-    """Write the tags into the target table."""
+def load_back(target: Asset) -> dict[str, int]:
+    """Write the tags into the target table, whose asset is updated with the counts.
+
+    Raises:
+        AirflowSkipException: no row of it changed, so that the asset did not.
+    """
     from tagger import load as step
 
     with _airflow_errors():
         loaded = step.load_back(_run(), connections_from_airflow)
-        return {"written": loaded.written, "deleted": loaded.deleted}
+    if not loaded.written and not loaded.deleted:
+        raise AirflowSkipException("no row of the target table changed")
+    counts = loaded.model_dump(include={"written", "deleted", "tagged", "refused", "failed", "skipped", "pending"})
+    get_current_context()["outlet_events"][target].extra = counts
+    return counts
 
 
 def report() -> dict[str, Any]:
@@ -64,7 +80,9 @@ def report() -> dict[str, Any]:
     from tagger import report as step
 
     with _airflow_errors():
-        summary = step.report(_run())
+        run = _run()
+        summary = step.report(run)
+        finished_with_failures(summary, get_current_context(), run.dataset().alerts.to)
         counts = ("rows", "texts", "cached", "tagged", "refused", "failed", "skipped", "cost_usd", "saved_usd")
         return summary.model_dump(include=set(counts))
 
@@ -79,6 +97,11 @@ def _run_in(where: dict[str, str]) -> "Run":
 
     storage = Storage.connect(where["storage"], where["conn_id"], connections_from_airflow)
     return Run(storage, where["dataset"], get_current_context()["dag_run"].run_id)
+
+
+def _options() -> Options:
+    params = get_current_context()["params"]
+    return run_options(**{name: params[name] for name in Options.model_fields if name in params})
 
 
 def _selection(dataset: Dataset) -> Selection:
