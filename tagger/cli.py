@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,15 @@ def _open(options: argparse.Namespace, connections: Connections) -> Any:
 
 
 def _check(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.airflow.check import check_airflow
     from tagger.check import check
 
     failed: TaggerError | None = None
     for path in _paths(options.dataset):
         try:
-            for line in check(load_dataset(path), connections, create=options.create):
+            dataset = load_dataset(path)
+            of_airflow = check_airflow(dataset, connections)
+            for line in chain(check(dataset, connections, create=options.create), of_airflow):
                 print(f"{path.stem}: {line}")
         except TaggerError as e:
             if failed is not None:

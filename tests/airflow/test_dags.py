@@ -13,11 +13,17 @@ from typing import Any
 
 import pytest
 import yaml
+from airflow.models.asset import AssetEvent
+from airflow.sdk.exceptions import ParamValidationError
+from airflow.serialization.serialized_objects import DagSerialization
+from airflow.utils.session import create_session
+from sqlalchemy import select
 
+from demo.mail import MailCatcher
 from demo.stand_in import completion, error
 from tests.conftest import AIRFLOW_HOME, REPOSITORY
-from tests.databases import teach
-from tests.project import Project
+from tests.databases import REFUSAL, teach
+from tests.project import Project, merged
 
 pytestmark = pytest.mark.xdist_group("airflow")
 
@@ -52,6 +58,14 @@ def dags(project: Project, tmp_path: Path, airflow_database: Path, monkeypatch: 
         return {name: value for name, value in found.items() if name.startswith("tag_")}
 
     yield parse
+
+
+@pytest.fixture
+def catcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MailCatcher]:
+    """An SMTP server that is Airflow's `smtp_default`."""
+    with MailCatcher(tmp_path / "mails") as server:
+        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", json.dumps(server.airflow_connection))
+        yield server
 
 
 def states(run: Any) -> dict[str, list[str]]:
@@ -89,7 +103,8 @@ def test_next_day_without_news_skips_tag_and_still_loads_and_reports(project: Pr
         "plan": ["success"],
         "tag": ["skipped"],
         "shards_ended": ["success"],
-        "load_back": ["success"],
+        "load_back": ["skipped"],  # no row changed
+        "load_ended": ["success"],
         "report": ["success"],
     }
     assert len(project.llm.calls) == 1
@@ -123,12 +138,11 @@ def test_too_many_failed_texts_fail_the_run_at_report_after_loading_the_rest(pro
 @pytest.mark.slow
 def test_an_execution_timeout_ends_the_tag_step_soon_and_keeps_what_was_answered(project: Project, dags: Dags) -> None:
     texts, concurrency = 200, 4
-    project.change(llm={"concurrency": concurrency})
+    project.change(llm={"concurrency": concurrency}, tasks={"tag": {"timeout": "8s", "retries": 0}})
     for n in range(texts):
         project.put(n, f"apple {n}")
     project.llm.latency = 0.5
     dag = dags()["tag_notes"]
-    dag.task_dict["tag"].partial_kwargs |= {"execution_timeout": timedelta(seconds=4), "retries": 0}
 
     run = dag.test(logical_date=NIGHT)
     asked = len(project.llm.calls)
@@ -136,7 +150,7 @@ def test_an_execution_timeout_ends_the_tag_step_soon_and_keeps_what_was_answered
 
     [tag] = [instance for instance in run.get_task_instances() if instance.task_id == "tag"]
     assert (str(run.state), str(tag.state)) == ("failed", "failed")
-    assert (tag.end_date - tag.start_date).total_seconds() < 4 + 20
+    assert (tag.end_date - tag.start_date).total_seconds() < 8 + 20
     tagged = [row for row in project.target().values() if row.status == "tagged"]
     assert 0 < len(tagged) == asked < texts  # also those in flight when the time was over
 
@@ -206,6 +220,245 @@ def test_wrong_file_gives_a_broken_dag_and_leaves_the_others_alone(
     assert "broken" not in found["tag_notes"].tags
 
 
+def test_a_broken_file_mails_its_own_people_or_those_of_the_other_files(
+    project: Project, dags: Dags, tmp_path: Path, catcher: MailCatcher
+) -> None:
+    project.change(alerts={"to": ["notes@example.com"]})
+    (tmp_path / "datasets" / "bad.yaml").write_text("dataset: weekly\nalerts: {to: [weekly@example.com]}\nsource: {}\n")
+    (tmp_path / "datasets" / "worse.yaml").write_text("- [")
+    found = dags()
+
+    for name in ("tag_weekly", "tag_worse"):
+        found[name].test(logical_date=NIGHT)
+
+    assert [str(mail["to"]) for mail in catcher.mails()] == ["weekly@example.com", "notes@example.com"]
+    assert [str(mail["subject"]) for mail in catcher.mails()] == [
+        "[tagger] weekly, 2026-11-05: dataset file cannot be used",
+        "[tagger] worse, 2026-11-05: dataset file cannot be used",
+    ]
+    assert "`storage`: found nothing" in catcher.mails()[0].get_body(("plain",)).get_content()  # type: ignore
+
+
+def test_a_failed_run_mails_once_and_a_run_with_failures_says_so(
+    project: Project, dags: Dags, catcher: MailCatcher
+) -> None:
+    project.change(
+        alerts={"to": ["notes@example.com"]},
+        limits={"max_failed_fraction": 0.5},
+        source={"updated_at": "updated_at"},
+    )
+    project.put(1, "apple")
+    project.put(2, "zebra")
+    teach(project.llm, apple=completion("no json"))
+    dags()["tag_notes"].test(logical_date=NIGHT)
+    project.change(limits={"max_failed_fraction": 0.0})
+    dags()["tag_notes"].test(logical_date=NIGHT + timedelta(days=1))
+    project.change(source={"text_columns": ["no_such_column"]})
+    dags()["tag_notes"].test(logical_date=NIGHT + timedelta(days=2))
+
+    assert [str(mail["subject"]) for mail in catcher.mails()] == [
+        "[tagger] notes, 2026-11-05: finished with failures",
+        "[tagger] notes, 2026-11-06: run failed at report",
+        "[tagger] notes, 2026-11-07: run failed at snapshot",
+    ]
+
+
+def test_a_run_without_an_smtp_connection_says_once_that_mails_are_off(
+    project: Project, dags: Dags, caplog: pytest.LogCaptureFixture
+) -> None:
+    project.change(alerts={"to": ["notes@example.com"]}, limits={"max_failed_fraction": 1})
+    project.put(1, "apple")
+
+    run = dags()["tag_notes"].test(logical_date=NIGHT)
+
+    assert str(run.state) == "success"
+    assert caplog.text.count("alerts: mails are off: no connection `smtp_default`") == 1
+
+
+# The form
+
+
+def test_the_form_offers_what_the_design_names(project: Project, dags: Dags) -> None:
+    project.change(limits={"max_cost_usd": 12.5}, timezone="Asia/Tokyo")
+
+    params = dags()["tag_notes"].params
+
+    assert list(params) == ["target_date", "rows", "limit", "dry_run", "retry_refused", "max_cost_usd"]
+    assert params.dump() == {
+        "target_date": None,
+        "rows": "window",
+        "limit": None,
+        "dry_run": False,
+        "retry_refused": False,
+        "max_cost_usd": None,
+    }
+    described = {name: params.get_param(name) for name in params}
+    assert all(param.description and param.schema["title"] for param in described.values())
+    assert "Asia/Tokyo" in str(described["target_date"].description)
+    assert "$12.5" in str(described["max_cost_usd"].description)
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"target_date": "yesterday"},
+        {"target_date": "2026-02-30"},
+        {"rows": "some"},
+        {"limit": 0},
+        {"limit": 1.5},
+        {"limit": "many"},
+        {"dry_run": "yes"},
+        {"retry_refused": 1},
+        {"max_cost_usd": 0},
+        {"max_cost_usd": -1},
+    ],
+    ids=str,
+)
+def test_the_form_takes_no_value_out_of_its_range(project: Project, dags: Dags, conf: dict[str, Any]) -> None:
+    dag = dags()["tag_notes"]
+    [(name, value)] = conf.items()
+
+    with pytest.raises(ParamValidationError):
+        dag.params.get_param(name).resolve(value)
+
+
+def test_a_limited_run_then_a_dry_one(project: Project, dags: Dags) -> None:
+    for n, body in enumerate(["apple", "zebra", "storm"]):
+        project.put(n, body)
+    dag = dags()["tag_notes"]
+
+    limited = dag.test(logical_date=NIGHT, run_conf={"limit": 1, "rows": "all"})
+    rows = {row.row_id: row.status for row in project.target().values()}
+    dry = dag.test(logical_date=NIGHT + timedelta(days=1), run_conf={"dry_run": True})
+
+    assert str(limited.state) == str(dry.state) == "success"
+    assert rows == {0: "tagged", 1: "skipped", 2: "skipped"}
+    assert states(dry)["tag"] == states(dry)["load_back"] == ["skipped"]
+    assert states(dry)["report"] == ["success"]
+    assert len(project.llm.calls) == 1
+    assert {row.row_id: row.status for row in project.target().values()} == rows
+
+
+def test_max_cost_stops_the_run_and_retry_refused_asks_again(project: Project, dags: Dags) -> None:
+    project.change(llm={"concurrency": 1})
+    project.put(1, "apple")
+    project.put(2, "zebra, secretly")
+    teach(project.llm, secretly=REFUSAL)
+    dag = dags()["tag_notes"]
+
+    stopped = dag.test(logical_date=NIGHT, run_conf={"max_cost_usd": 0.0000001})
+    calls = len(project.llm.calls)
+    dag.test(logical_date=NIGHT + timedelta(days=1))
+    teach(project.llm)
+    again = dag.test(logical_date=NIGHT + timedelta(days=2), run_conf={"retry_refused": True})
+
+    assert (str(stopped.state), calls) == ("failed", 1)
+    assert str(again.state) == "success"
+    assert {row.row_id: row.status for row in project.target().values()} == {1: "tagged", 2: "tagged"}
+    assert len(project.llm.calls) == 3
+
+
+# Resources
+
+
+def test_each_step_has_its_own_settings_and_the_default_ones(project: Project, dags: Dags) -> None:
+    project.change(
+        max_active_runs=3,
+        llm={"pool": "llm"},
+        tasks={
+            "default": {"queue": "safe", "timeout": "1h", "retries": 5},
+            "tag": {"queue": "spot", "executor_config": {"KubernetesExecutor": {"image": "tag"}}},
+            "report": {"retries": 0, "queue": None},
+        },
+    )
+
+    dag = dags()["tag_notes"]
+
+    assert dag.max_active_runs == 3
+    tasks = {name: dag.task_dict[name] for name in ("snapshot", "plan", "tag", "load_back", "report")}
+    assert {name: task.queue for name, task in tasks.items()} == {
+        "snapshot": "safe",
+        "plan": "safe",
+        "tag": "spot",
+        "load_back": "safe",
+        "report": "default",
+    }
+    assert {name: task.retries for name, task in tasks.items()} == dict.fromkeys(tasks, 5) | {"report": 0}
+    assert {task.execution_timeout for task in tasks.values()} == {timedelta(hours=1)}
+    assert {name: task.pool for name, task in tasks.items()} == dict.fromkeys(tasks, "default_pool") | {"tag": "llm"}
+    assert tasks["tag"].executor_config == {"KubernetesExecutor": {"image": "tag"}}
+    assert all(task.doc_md for task in dag.tasks)
+
+
+POD = {
+    "spec": {"containers": [{"name": "base", "resources": {"limits": {"memory": "4Gi"}}}], "nodeSelector": {"a": "b"}}
+}
+
+
+def test_a_pod_override_is_a_pod_in_the_task_and_after_serialisation(project: Project, dags: Dags) -> None:
+    project.change(tasks={"tag": {"executor_config": {"pod_override": POD}}})
+
+    dag = dags()["tag_notes"]
+
+    pod = dag.task_dict["tag"].executor_config["pod_override"]
+    assert (pod.spec.node_selector, pod.spec.containers[0].resources.limits) == ({"a": "b"}, {"memory": "4Gi"})
+    DagSerialization.from_dict(DagSerialization.to_dict(dag))
+
+
+@pytest.mark.parametrize(
+    ("pod", "told"),
+    [
+        ({"spec": {"node_selector": {"a": "b"}, "containers": [{"name": "base"}]}}, "Kubernetes understands"),
+        ({"spec": {"containers": [{}]}}, "no pod as Kubernetes knows it"),
+        ("a pod", "Kubernetes understands"),
+    ],
+    ids=["snake case", "nameless", "text"],
+)
+def test_what_is_no_pod_breaks_its_own_dag_and_no_other(
+    project: Project, dags: Dags, tmp_path: Path, pod: Any, told: str
+) -> None:
+    bad = merged(project.content, {"dataset": "bad", "target": {"table": "bad_tags"}})
+    bad = merged(bad, {"tasks": {"tag": {"executor_config": {"pod_override": pod}}}})
+    (tmp_path / "datasets" / "bad.yaml").write_text(yaml.safe_dump(bad))
+
+    found = dags()
+
+    assert "broken" in found["tag_bad"].tags
+    assert "`tasks.tag.executor_config.pod_override`" in found["tag_bad"].doc_md
+    assert told in found["tag_bad"].doc_md
+    assert "broken" not in found["tag_notes"].tags
+
+
+# Assets
+
+
+def asset_events(run: Any) -> list[tuple[str, dict[str, Any]]]:
+    with create_session() as session:
+        events = session.scalars(select(AssetEvent).where(AssetEvent.source_run_id == run.run_id)).all()
+        return [(event.uri, event.extra) for event in events]
+
+
+def test_new_tags_update_the_targets_asset_with_the_counts(project: Project, dags: Dags) -> None:
+    project.put(1, "apple")
+    dag = dags()["tag_notes"]
+
+    assert [asset.uri for asset in dag.task_dict["snapshot"].inlets] == ["x-tagger://db/notes"]
+    run = dag.test(logical_date=NIGHT)
+    nothing_new = dag.test(logical_date=NIGHT + timedelta(days=1))
+
+    [(uri, extra)] = asset_events(run)
+    assert uri == "x-tagger://db/note_tags"
+    counts = {"written": 1, "deleted": 0, "tagged": 1, "refused": 0, "failed": 0, "skipped": 0, "pending": 0}
+    assert {name: extra[name] for name in counts} == counts
+    assert asset_events(nothing_new) == []
+
+
+def test_an_asset_schedule_that_airflow_does_not_take_breaks_the_dag(project: Project, dags: Dags) -> None:
+    project.change(schedule={"assets": ["airflow://a"]})
+
+    assert "`schedule.assets`: " in dags()["tag_notes"].doc_md
+
+
 def test_two_files_of_one_name_do_not_hide_each_other(project: Project, dags: Dags, tmp_path: Path) -> None:
     (tmp_path / "datasets" / "again.yaml").write_text(yaml.safe_dump(project.content))
 
@@ -229,7 +482,6 @@ def test_catch_up_is_on_where_updated_at_is_known(
     assert dag.catchup is catchup
     assert dag.max_active_runs == 1
     assert dag.timetable.summary == cron
-    assert all(task.retries for task in dag.tasks if task.task_id != "shards_ended")
 
 
 def test_no_text_reaches_airflows_database(project: Project, dags: Dags, airflow_database: Path) -> None:
