@@ -151,6 +151,22 @@ def test_check_create_makes_bucket_and_target_table(shell: Shell) -> None:
     assert "note_tags: there" in shell.out
 
 
+def test_check_tells_of_mails_and_of_a_pool_it_cannot_see(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "none"))
+    shell.write(alerts={"to": ["team@example.com"]}, llm={"pool": "llm"})
+
+    assert shell.run("check", "notes") == 0
+    assert "notes: pool llm: not checked, no Airflow here" in shell.out
+    assert "airflow pools set llm 16" in shell.out
+    assert "notes: alerts: mails are off: no connection `smtp_default`" in shell.out
+
+    monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", '{"conn_type": "smtp", "host": "mail.example.com"}')
+    assert shell.run("check", "notes") == 0
+    assert "notes: alerts: mails to team@example.com through `smtp_default`" in shell.out
+
+
 @pytest.mark.parametrize("name", ["mine", "my_file", "path"])
 def test_dataset_is_given_by_its_name_its_file_or_its_path(shell: Shell, name: str) -> None:
     path = shell.write("my_file", dataset="mine", target={"table": "my_tags"})
@@ -713,3 +729,43 @@ def test_a_terminal_shows_a_bar_and_neither_text_nor_answer(shell: Shell) -> Non
     assert len(re.findall(r"[\r\n][\d:]{8} WARNING row \d+ failed: rejected: HTTP 400 *\r", shown)) == 3
     assert "told to nobody" not in shown
     assert "zebra" not in shown
+
+
+# options of a run
+
+
+def test_a_dry_run_says_what_the_run_would_cost(shell: Shell) -> None:
+    shell.project.put(1, "apple")
+
+    assert shell.run("run", "notes", "--dry-run", "--json") == 0
+    summary = Summary.model_validate_json(shell.out.splitlines()[-1])
+    assert (summary.dry_run, summary.skipped, summary.llm_requests) == (True, summary.texts, 0)
+    assert summary.estimated_usd is not None and summary.estimated_usd > 0
+    assert shell.project.target() == {}
+
+
+def test_a_limit_and_a_budget_of_this_run(shell: Shell) -> None:
+    for row_id in range(5):
+        shell.project.put(row_id, f"apple {row_id}")
+    shell.write(llm={"concurrency": 1})
+
+    assert shell.run("run", "notes", "--limit", "2", "--json") == 0
+    assert Summary.model_validate_json(shell.out.splitlines()[-1]).tagged == 2
+    assert shell.run("run", "notes", "--max-cost-usd", "0.0000001") == 1
+    assert "budget reached" in shell.err
+    assert shell.run("run", "notes", "--retry-refused") == 0
+    assert {row.status for row in shell.project.target().values()} == {"tagged"}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--limit", "0"], "`limit`: found 0, expected greater than or equal to 1"),
+        (["--max-cost-usd", "-1"], "`max_cost_usd`: found -1.0, expected greater than 0"),
+        (["--max-cost-usd", "nan"], "`max_cost_usd`: found nan, expected .*"),
+    ],
+)
+def test_an_option_out_of_its_range_is_one_clear_line(shell: Shell, options: list[str], complaint: str) -> None:
+    assert shell.run("run", "notes", *options) == 2
+    assert_complains(shell, complaint)
+    assert not shell.project.llm.calls

@@ -195,6 +195,25 @@ def test_durations_have_a_unit(written: str, seconds: int) -> None:
     assert parse_dataset(minimal({"source": {"lookback": written}}), "f").source.lookback.total_seconds() == seconds
 
 
+def test_a_step_is_run_as_by_default_but_for_what_it_names_itself() -> None:
+    tasks = {"default": {"queue": "safe", "retries": 5, "timeout": "1h"}, "tag": {"queue": "spot", "timeout": None}}
+
+    dataset = parse_dataset(minimal({"tasks": tasks}), "notes.yaml")
+
+    assert dataset.tasks.of("plan") == dataset.tasks.default
+    tag = dataset.tasks.of("tag")
+    assert (tag.queue, tag.retries, tag.timeout) == ("spot", 5, None)
+
+
+def test_the_assets_are_the_tables_in_ascii() -> None:
+    changes = {"source": {"conn_id": "db", "table": "public.記事"}, "target": {"table": "tags"}}
+
+    dataset = parse_dataset(minimal(changes), "notes.yaml")
+
+    assert dataset.source_asset == "x-tagger://db/public.%E8%A8%98%E4%BA%8B"
+    assert dataset.target_asset == "x-tagger://db/tags"
+
+
 @pytest.mark.parametrize("cron", ["0 1 * * *", "*/15 * * * *", "0 6 * * 1-5", "0 6 * * MON", "0 0 1 * *", "@daily"])
 def test_a_schedule_may_be_cron(cron: str) -> None:
     assert parse_dataset(minimal({"schedule": cron}), "f").schedule == cron
@@ -266,6 +285,8 @@ def test_missing_required_key_is_named(key: str) -> None:
         ({"limits": {"max_cost": 1}}, "limits.max_cost", "max_cost_usd"),
         ({"shards": {"maximum": 1}}, "shards.maximum", "max"),
         ({"alerts": {"deadlines": "2h"}}, "alerts.deadlines", "deadline"),
+        ({"tasks": {"load": {}}}, "tasks.load", "load_back"),
+        ({"tasks": {"tag": {"que": "spot"}}}, "tasks.tag.que", "queue"),
         ({"lock": {"conn_id": "r", "con_id": "r"}}, "lock.con_id", "conn_id"),
         ({"schedule": {"assets": ["a"], "asset": "b"}}, "schedule.asset", "assets"),
     ],
@@ -362,6 +383,17 @@ INVALID: list[tuple[dict[str, Any], str, str, str]] = [
     ({"limits": {"max_deleted_fraction": -1}}, "limits.max_deleted_fraction", "-1", "greater than or equal to 0"),
     ({"shards": {"max": 0}}, "shards.max", "0", "greater than or equal to 1"),
     ({"alerts": {"to": "team@example.com"}}, "alerts.to", "'team@example.com'", "list"),
+    ({"alerts": {"to": ["team"]}}, "alerts.to", "a list of 1", "addresses such as team@example.com"),
+    ({"alerts": {"to": ["a@b.c, d@e.f"]}}, "alerts.to", "a list of 1", "addresses"),
+    ({"alerts": {"to": ["a@b.c\nBcc: d@e.f"]}}, "alerts.to", "a list of 1", "addresses"),
+    ({"max_active_runs": 0}, "max_active_runs", "0", "greater than or equal to 1"),
+    ({"tasks": {"tag": {"timeout": "0s"}}}, "tasks.tag.timeout", "'0s'", "more than 0s"),
+    ({"tasks": {"tag": {"timeout": 60}}}, "tasks.tag.timeout", "60", "a duration"),
+    ({"tasks": {"tag": {"retries": -1}}}, "tasks.tag.retries", "-1", "greater than or equal to 0"),
+    ({"tasks": {"tag": {"retries": True}}}, "tasks.tag.retries", "True", "an integer"),
+    ({"tasks": {"tag": {"queue": ""}}}, "tasks.tag.queue", "''", "at least 1 character"),
+    ({"tasks": {"tag": {"executor_config": {"a": float("nan")}}}}, "tasks.tag.executor_config", "keys a", "JSON"),
+    ({"tasks": {"tag": "spot"}}, "tasks.tag", "'spot'", "keys: executor_config, queue, retries, timeout"),
 ]
 
 

@@ -32,6 +32,9 @@ BATCH_DEADLINE = timedelta(hours=26)
 
 LONGEST_REASON = 500
 
+MAILED = "failure_mailed"
+"""The XCom by which a failed task tells that its mail went out."""
+
 DIED = "the worker that ran it died, or was killed"
 
 NEXT_STEPS = {
@@ -56,9 +59,11 @@ NEXT_STEP_LATE = (
 
 
 class RunFailedMail(BaseNotifier):
-    """Mails that a run failed, as the `on_failure_callback` of a task.
+    """Mails that a run failed, as the `on_failure_callback` of tasks and of their DAG: one mail a run.
 
-    It runs in the worker; in the dag-processor, where there is no exception, after the worker died.
+    The task's runs in the worker and knows the exception. Where the task's process was killed there is none to run it;
+    then the DAG's, which runs in the dag-processor after all tasks, finds that no mail went out. Where the whole worker
+    died the task's runs in the dag-processor, perhaps twice, and leaves it to the DAG's if there is one.
 
     Args:
         to: the recipients.
@@ -73,11 +78,18 @@ class RunFailedMail(BaseNotifier):
         self.timezone = timezone
 
     def notify(self, context: Context) -> None:
-        """Send the mail."""
+        """Send the mail, unless another call has sent it or will."""
         from tagger.airflow.mails.smtp import send
 
+        ti, in_worker, of_dag = context["ti"], context.get("exception") is not None, "reason" in context
         with _logged():
+            if of_dag and any(ti.xcom_pull(task_ids=list(NEXT_STEPS), key=MAILED)):
+                return
+            if not of_dag and not in_worker and context["dag"].on_failure_callback:
+                return
             send(self._mail(context), self.to)
+            if in_worker:
+                ti.xcom_push(MAILED, True)
 
     def _mail(self, context: Context) -> Mail:
         ti, dag_run, error = context["ti"], context["dag_run"], context.get("exception")
