@@ -146,7 +146,7 @@ def describe(planned: Plan, dataset: Dataset, taken: Snapshot) -> list[str]:
             f"{planned.older_spec_rows} of {planned.target_rows} rows of the target hold another spec; "
             + ("this run takes them all" if takes_all else "`--all` (`rows: all`) would tag them all again")
         )
-    if planned.new and dataset.lock is None:
+    if planned.shards and dataset.lock is None:
         lines.append(WITHOUT_LOCK)
     return lines
 

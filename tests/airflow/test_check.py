@@ -32,10 +32,8 @@ def test_the_default_pool_needs_no_word() -> None:
 
 
 def test_a_missing_pool_is_an_error_that_says_how_to_make_it() -> None:
-    with pytest.raises(
-        InputError, match=r"`llm\.pool`: without the pool `llm_calls` .* airflow pools set llm_calls 16"
-    ):
-        check(llm={"pool": "llm_calls"})
+    with pytest.raises(InputError, match=r"`llm\.pool`: without the pool `calls` .* airflow pools set calls 16"):
+        check(llm={"pool": "calls"})
 
 
 def test_a_pool_is_found() -> None:
