@@ -17,7 +17,9 @@ from rich.console import Console
 
 from demo import home as homes
 from demo import show, tables
+from demo.airflow import REPOSITORY
 from demo.home import Home
+from demo.mail import MailCatcher
 from demo.processes import Process, ServerError
 from demo.ui import serve
 from tagger.connections import Connection
@@ -83,11 +85,12 @@ def _run(home: Home, *, ui: bool, yes: bool) -> int:
         llm_url = None if home.live else stack.enter_context(_stand_in(home))
         if llm_url:
             show.stand_in_notice(console)
-        environment = home.environment(store, llm_url)
+        mail = stack.enter_context(MailCatcher(home.mails))
+        environment = home.environment(store, llm_url, mail)
         Storage.connect(f"s3://{homes.BUCKET}", "aws_default", _connections(environment)).check(create=True)
         ok = _two_days(home, environment)
         if ui:
-            serve(home, environment, stack, console)
+            serve(environment, home.logs, _shown(home.mails), console)
         else:
             show.what_next(console, live=home.live)
         return 0 if ok else 1
@@ -133,7 +136,7 @@ class Runs:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "demo.dag_runs"],
                 env=self._environment,
-                cwd=homes.REPOSITORY,
+                cwd=REPOSITORY,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

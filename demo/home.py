@@ -3,18 +3,18 @@
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo.airflow import REPOSITORY, settings
+from demo.mail import MailCatcher
 from demo.seaweedfs import SeaweedFS
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 STAND_IN_MODEL = "offline-stand-in"
 BUCKET = "tagger"
-USER = "admin"
+ALERTS = "alerts: {to: [team@example.com], deadline: 2h}"
 
 
 def root() -> Path:
@@ -49,6 +49,11 @@ class Home:
         return self.path / "datasets"
 
     @property
+    def mails(self) -> Path:
+        """The mails that Airflow sent."""
+        return self.path / "mails"
+
+    @property
     def logs(self) -> Path:
         """What the servers and Airflow print."""
         return self.path / "logs"
@@ -65,7 +70,7 @@ class Home:
                 content = content.replace("storage: s3://tagger", "storage: s3://tagger/live")
             else:
                 content = content.replace("model: gpt-5-mini", f"model: {STAND_IN_MODEL}")
-            (self.datasets / source.name).write_text(content, encoding="utf-8")
+            (self.datasets / source.name).write_text(f"{content}\n{ALERTS}\n", encoding="utf-8")
 
     def lock(self) -> bool:
         """Take the folder for this process, until it ends; return whether it was free."""
@@ -80,15 +85,7 @@ class Home:
         """Return the S3 server, not started yet."""
         return SeaweedFS(self.path / "s3", self.logs / "s3.log")
 
-    def password(self) -> str:
-        """Return the password of the Airflow user, made once."""
-        file = self.airflow / "passwords.json"
-        if not file.exists():
-            file.write_text(json.dumps({USER: secrets.token_urlsafe(9)}))
-            file.chmod(0o600)
-        return str(json.loads(file.read_text())[USER])
-
-    def environment(self, store: SeaweedFS, llm_url: str | None) -> dict[str, str]:
+    def environment(self, store: SeaweedFS, llm_url: str | None, mail: MailCatcher) -> dict[str, str]:
         """Return the environment of Airflow and the `tagger` command: connections, folders, loopback only."""
         aws = {
             "conn_type": "aws",
@@ -99,6 +96,7 @@ class Home:
         connections = {
             "TAGGER_DB": {"conn_type": "sqlite", "host": str(self.database)},
             "AWS_DEFAULT": aws,
+            "SMTP_DEFAULT": mail.airflow_connection,
         }
         if llm_url is not None:
             connections["OPENAI_DEFAULT"] = {"conn_type": "openai", "host": llm_url, "password": "not-needed"}
@@ -106,21 +104,7 @@ class Home:
         return {
             **inherited,
             **{f"AIRFLOW_CONN_{name}": json.dumps(fields) for name, fields in connections.items()},
-            "AIRFLOW_HOME": str(self.airflow),
-            "AIRFLOW__API__HOST": "127.0.0.1",
-            "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
-            "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
-            "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
-            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
-            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-            "AIRFLOW__CORE__PARALLELISM": "4",
-            "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
-            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self.airflow / "passwords.json"),
-            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
-            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.airflow / 'airflow.db'}",
-            "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(self.airflow / "logs"),
-            "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+            **settings(self.airflow),
             "NO_PROXY": "127.0.0.1,localhost",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(REPOSITORY),

@@ -19,10 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    pass
+from typing import Self
 
 LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 10.0
@@ -133,6 +130,11 @@ class Process:
             self.stop()
             raise
         return self
+
+    def check(self) -> None:
+        """Raises a ServerError with the end of the log if the process has ended by itself."""
+        if self._child is not None and self._child.poll() is not None:
+            raise self._error(f"ended with code {self._child.returncode}", self._child.returncode)
 
     def stop(self) -> None:
         """Ends the process and its group: `stop_signal`, up to 10 s for the process to end, then SIGKILL."""

@@ -17,6 +17,9 @@ No message ever holds a text of the source table.
 
 from dataclasses import dataclass
 
+BUDGET_REACHED = "budget reached"
+"""How the reason of a shard starts that stopped at `limits.max_cost_usd`."""
+
 
 class TaggerError(Exception):
     """Base of all errors of tagger; `exit_code` is the console script's."""

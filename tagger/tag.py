@@ -13,7 +13,7 @@ from redis.exceptions import LockError, RedisError
 from tagger.cache import Cache, Record, Usage, patiently
 from tagger.connections import Connections, openai_client
 from tagger.dataset import Dataset
-from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError, TextFailed
+from tagger.exceptions import BUDGET_REACHED, InputError, LLMStopped, RunFailed, StorageError, TaggerError, TextFailed
 from tagger.ledger import Ledger, latest_outcomes, read_attempts
 from tagger.llm import Client
 from tagger.lock import RunLocks
@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 FAILURES_LOGGED = 20
 """Lines per shard; all failures are in the shard file."""
-
-BUDGET_REACHED = "budget reached"
-"""How the reason of a shard starts that stopped at `limits.max_cost_usd`."""
 
 
 class ShardTexts:

@@ -20,7 +20,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowTaskTimeout
 from tagger.airflow.connections import connections_from_airflow
 from tagger.airflow.mails import Mail
 from tagger.dataset import Dataset
-from tagger.exceptions import TaggerError
+from tagger.exceptions import BUDGET_REACHED, TaggerError
 
 if TYPE_CHECKING:
     from tagger.report import Summary
@@ -79,13 +79,14 @@ class RunFailedMail(BaseNotifier):
 
     def notify(self, context: Context) -> None:
         """Send the mail, unless another call has sent it or will."""
-        from tagger.airflow.mails.smtp import send
-
-        ti, in_worker, of_dag = context["ti"], context.get("exception") is not None, "reason" in context
         with _logged():
-            if of_dag and any(ti.xcom_pull(task_ids=list(NEXT_STEPS), key=MAILED)):
-                return
-            if not of_dag and not in_worker and context["dag"].on_failure_callback:
+            from tagger.airflow.mails.smtp import send
+
+            ti, in_worker = context["ti"], context.get("exception") is not None
+            if "reason" in context:  # called for the DAG
+                if any(ti.xcom_pull(task_ids=list(NEXT_STEPS), key=MAILED)):
+                    return
+            elif not in_worker and context["dag"].on_failure_callback:
                 return
             send(self._mail(context), self.to)
             if in_worker:
@@ -98,7 +99,7 @@ class RunFailedMail(BaseNotifier):
         reason = DIED if error is None else _reason(error)
         headline = "dataset file cannot be used" if step == "dataset_file" else f"run failed at {step}"
         next_step = NEXT_STEP_DIED if error is None else NEXT_STEPS[step]
-        if over := _is_budget(reason, step):
+        if over := step == "report" and BUDGET_REACHED in reason:
             headline, next_step = "budget reached", NEXT_STEP_BUDGET
         day = _day(dag_run.conf, dag_run.logical_date or dag_run.run_after, self.timezone)
         return Mail(
@@ -118,12 +119,12 @@ class RunFailedMail(BaseNotifier):
 
 def finished_with_failures(summary: "Summary", context: Context, to: list[str]) -> None:
     """Mail that a run succeeded, but that single texts failed. A backfill mails nothing."""
-    from tagger.airflow.mails.smtp import send
-
-    ti, dag_run = context["ti"], context["dag_run"]
-    if not to or not summary.failed or dag_run.run_type == "backfill":
-        return
     with _logged():
+        from tagger.airflow.mails.smtp import send
+
+        ti, dag_run = context["ti"], context["dag_run"]
+        if not to or not summary.failed or dag_run.run_type == "backfill":
+            return
         mail = Mail(
             dataset=summary.dataset,
             day=summary.day,
@@ -176,11 +177,11 @@ async def mail_not_finished(
 
 
 def _mail_not_finished(dag_run: Mapping[str, Any], to: list[str], dataset: str, deadline: str, timezone: str) -> None:
-    from airflow.sdk.configuration import conf
-
-    from tagger.airflow.mails.smtp import send
-
     with _logged():
+        from airflow.sdk.configuration import conf
+
+        from tagger.airflow.mails.smtp import send
+
         run_id, queued, started = dag_run["dag_run_id"], dag_run["queued_at"], dag_run["start_date"]
         day = _day(dag_run["conf"], datetime.fromisoformat(dag_run["logical_date"] or dag_run["run_after"]), timezone)
         since = datetime.fromisoformat(started or queued).astimezone(ZoneInfo(timezone))
@@ -229,14 +230,6 @@ def _reason(error: BaseException | str) -> str:
         return f"unexpected {type(error).__name__}; the log has more"
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:LONGEST_REASON]
-
-
-def _is_budget(reason: str, step: str) -> bool:
-    if step != "report":
-        return False
-    from tagger.tag import BUDGET_REACHED
-
-    return BUDGET_REACHED in reason
 
 
 def _day(conf: Mapping[str, Any] | None, instant: datetime, timezone: str) -> str:

@@ -52,6 +52,7 @@ def tagging_dag(dataset: Dataset, path: Path) -> DAG:
         catchup=dataset.source.updated_at is not None,
         max_active_runs=dataset.max_active_runs,
         deadline=deadline_alert(dataset),
+        on_failure_callback=_mail(dataset.dataset, dataset.alerts.to, dataset.timezone),
         params=params(dataset),
         tags={"tagger"},
         doc_md=docs.of_dag(dataset),
@@ -62,8 +63,7 @@ def tagging_dag(dataset: Dataset, path: Path) -> DAG:
 
 def _tasks(dataset: Dataset, path: Path) -> None:
     source, target = Asset(dataset.source_asset), Asset(dataset.target_asset)
-    to = dataset.alerts.to
-    mail = [RunFailedMail(to=to, dataset=dataset.dataset, timezone=dataset.timezone)] if to else []
+    mail = _mail(dataset.dataset, dataset.alerts.to, dataset.timezone)
 
     @task(**_settings(dataset, "snapshot"), inlets=[source], on_failure_callback=mail)
     def snapshot() -> dict[str, Any]:
@@ -145,6 +145,11 @@ def _executor_config(config: dict[str, Any], step: str) -> dict[str, Any]:
     return {**config, "pod_override": pod}
 
 
+def _mail(name: str, to: list[str], timezone: str) -> list[Any]:
+    """Return what mails that a run failed; the DAG has it as well as its tasks, for whose process may be dead."""
+    return [RunFailedMail(to=to, dataset=name, timezone=timezone)] if to else []
+
+
 def _schedule(dataset: Dataset) -> Any:
     if isinstance(dataset.schedule, AssetSchedule):
         try:
@@ -170,17 +175,17 @@ def broken_dag(path: Path, message: str, others: list[str], *, unique: bool = Fa
     name = content.get("dataset")
     if unique or not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)
+    mail = _mail(name, _readable_recipients(content) or others, "UTC")
     with DAG(
         f"tag_{name}",
         schedule=CronTriggerTimetable(_readable_schedule(content), timezone="UTC"),
         start_date=datetime(2026, 1, 1, tzinfo=UTC),
         catchup=False,
         max_active_runs=1,
+        on_failure_callback=mail,
         tags={"tagger", "broken"},
         doc_md=f"**This dataset file cannot be used, so nothing is tagged.**\n\n```\n{message}\n```\n",
     ) as dag:
-        to = _readable_recipients(content) or others
-        mail = [RunFailedMail(to=to, dataset=name, timezone="UTC")] if to else []
 
         @task(retries=0, doc_md=docs.STEPS["dataset_file"], on_failure_callback=mail)
         def dataset_file() -> None:
