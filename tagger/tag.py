@@ -37,6 +37,7 @@ class ShardTexts:
 
     def __init__(self, file: pq.ParquetFile, cache: Cache) -> None:
         self._file = file
+        self._reading = threading.Lock()  # two threads in one ParquetFile crash the process, or hang
         self._cache = cache
         self.waves: int = file.num_row_groups
         self.row_ids: dict[str, str] = {}
@@ -63,7 +64,8 @@ class ShardTexts:
 
     def _read(self, wave: int, *columns: str) -> pa.Table:
         try:
-            return self._file.read_row_group(wave, columns=list(columns))
+            with self._reading:
+                return self._file.read_row_group(wave, columns=list(columns))
         except (pa.ArrowException, OSError) as e:
             error = StorageError(f"the shard's texts cannot be read ({type(e).__name__}): run `tagger plan` again")
         raise error

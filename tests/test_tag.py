@@ -21,6 +21,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import gokart
+import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 import yaml
@@ -38,7 +39,7 @@ from tagger.redis_connection import redis_client
 from tagger.report import Summary, report
 from tagger.runs import Run
 from tagger.spec import normalise, spec_id, text_key
-from tagger.tag import FAILURES_LOGGED, tag
+from tagger.tag import FAILURES_LOGGED, ShardTexts, tag
 from tagger.tasks import TagTexts, TagWave, TagWithLLM
 from tagger.throttle import LocalRates
 from tests.conftest import REPOSITORY
@@ -572,11 +573,38 @@ def test_an_s3_that_hangs_does_not_hold_up_the_end_of_a_process(
             wait_until(lambda: len(llm.calls) >= 4)
             time.sleep(6)  # the books are being written
             process.terminate()
-            code = process.wait(20)
+            code = process.wait(30)  # 18 s on a machine that has nothing else to do
         finally:
             over.set()
 
     assert code == 143
+
+
+class OneAtATime:
+    """A Parquet file that counts how many threads are in it at once."""
+
+    num_row_groups = 8
+    inside = most = 0
+
+    def read_row_group(self, wave: int, columns: list[str]) -> pa.Table:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.02)
+        self.inside -= 1
+        return pa.table({name: ["x"] for name in columns})
+
+
+def test_the_shards_file_is_read_by_one_thread_at_a_time(project: Project) -> None:
+    file: Any = OneAtATime()
+    texts = ShardTexts(file, Cache(project.open("one").storage, "spec", "model"))
+    threads = [threading.Thread(target=(texts.keys, texts.unanswered)[n % 2], args=(n,)) for n in range(8)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert file.most == 1
 
 
 # The budget
