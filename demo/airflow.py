@@ -19,7 +19,7 @@ from typing import Any, Self
 import psutil
 from cryptography.fernet import Fernet
 
-from demo.processes import LOOPBACK, Process, free_port
+from demo.processes import LOOPBACK, Process, ServerError, free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 USER = "admin"
@@ -110,7 +110,7 @@ class Airflow:
         """Start everything at once and return when all of it works.
 
         Raises:
-            ServerError: A component ended, or did not report in time; with the end of its log.
+            ServerError: A component ended, or did not report in time.
         """
         self.password = password(self.home)
         try:
@@ -173,15 +173,15 @@ class Airflow:
         """Wait until something holds, as long as all components run.
 
         Raises:
-            ServerError: A component ended; with the end of its log.
-            TimeoutError: It did not come to hold in this time; with what `otherwise` says.
+            ServerError: A component ended, with the end of its log; or it did not come to hold in this time, with what
+                `otherwise` says.
         """
         deadline = time.monotonic() + seconds
         while not holds():
             for process in self.processes.values():
                 process.check()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"after {seconds:g} s: {otherwise()}")
+                raise ServerError(f"after {seconds:g} s: {otherwise()}", None)
             time.sleep(POLL_SECONDS)
 
     def _children(self, name: str) -> list[psutil.Process]:

@@ -32,15 +32,15 @@ def params(dataset: Dataset) -> dict[str, Param]:
             "type": ["null", "integer"],
             "minimum": 1,
             "title": "Limit",
-            "description": "Ask for the first so many new texts only, to try something out. The others become "
-            "`skipped`, and the next run asks for them.",
+            "description": "Ask for the first so many new texts only, to try something out. The others count "
+            "as skipped, and the next run asks for them.",
         },
         "dry_run": {
             "default": False,
             "type": "boolean",
             "title": "Dry run",
-            "description": "Only find out how many texts are new and what they would cost; see the log of `plan`. "
-            "No text is asked, nothing is written to the target table.",
+            "description": "Only find out how many texts are new and what they would cost, as the log of the "
+            "plan step tells. No text is asked, nothing is written to the target table.",
         },
         "retry_refused": {
             "default": False,

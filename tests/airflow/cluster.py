@@ -23,7 +23,6 @@ from tests.servers import PostgreSQL, RedisServer, S3Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 QUICK = {
-    "AIRFLOW__CORE__PARALLELISM": "16",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "5",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
@@ -66,6 +65,7 @@ class Cluster:
             home.mkdir(parents=True)
             datasets.mkdir()
             environment = settings(home) | QUICK
+            environment["AIRFLOW__CORE__PARALLELISM"] = str(self._slots * max(self._workers, 1))
             server = stack.enter_context(PostgreSQL(self.folder)) if self._postgresql else None
             if server:
                 environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = server.create_database("airflow").url
