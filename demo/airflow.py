@@ -114,20 +114,33 @@ class Airflow:
         """
         self.password = password(self.home)
         try:
-            for name, arguments in self._commands.items():
-                command = [sys.executable, "-m", "airflow", *arguments]
-                log = self.logs / f"{name}.log"
-                # a worker would wait for its tasks, and the triggerer 10 s for its child, which the signal reaches too
-                end = signal.SIGKILL if name.startswith((WORKER, "triggerer")) else signal.SIGTERM
-                process = Process(
-                    command, log, ready=lambda: True, env=self.environment, cwd=self.home, stop_signal=end
-                )
-                self.processes[name] = process.start()
+            for name in self._commands:
+                self._start(name)
             self.wait(lambda: not self.missing(), START_SECONDS, lambda: f"{', '.join(self.missing())} not ready")
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _start(self, name: str) -> None:
+        command = [sys.executable, "-m", "airflow", *self._commands[name]]
+        log = self.logs / f"{name}.log"
+        # a worker would wait for its tasks, and the triggerer 10 s for its child, which the signal reaches too
+        end = signal.SIGKILL if name.startswith((WORKER, "triggerer")) else signal.SIGTERM
+        process = Process(command, log, ready=lambda: True, env=self.environment, cwd=self.home, stop_signal=end)
+        self.processes[name] = process.start()
+
+    def start_ended(self) -> list[str]:
+        """Start the components that have ended again, and return their names."""
+        ended = []
+        for name, process in self.processes.items():
+            try:
+                process.check()
+            except ServerError:
+                ended.append(name)
+        for name in ended:
+            self._start(name)
+        return ended
 
     def stop(self) -> None:
         """End everything, the tasks too."""

@@ -3,9 +3,11 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from demo.airflow import REPOSITORY, settings
@@ -14,6 +16,9 @@ from demo.seaweedfs import SeaweedFS
 
 STAND_IN_MODEL = "offline-stand-in"
 BUCKET = "tagger"
+CAUGHT_UP = timedelta(days=3)
+"""How far back the schedule begins: what is older would be caught up, day after day, once a DAG is unpaused."""
+
 ALERTS = "alerts: {to: [team@example.com], deadline: 2h}"
 
 
@@ -64,8 +69,10 @@ class Home:
             folder.mkdir(parents=True, exist_ok=True)
         for old in self.datasets.glob("*.yaml"):
             old.unlink()
+        start_date = datetime.now(UTC).date() - CAUGHT_UP
         for source in sorted((REPOSITORY / "dags" / "datasets").glob("*.yaml")):
             content = source.read_text(encoding="utf-8")
+            content = re.sub("(?m)^start_date: .*", f"start_date: {start_date}", content)
             if self.live:
                 content = content.replace("storage: s3://tagger", "storage: s3://tagger/live")
             else:

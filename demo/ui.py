@@ -1,6 +1,6 @@
 """Airflow's web interface, on loopback only, until Ctrl-C."""
 
-import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +22,9 @@ def serve(environment: Mapping[str, str], logs: Path, mails: Path, console: Cons
             f"The mails that a failed or late run sends are written to {mails}\n"
             "Ctrl-C ends everything."
         )
-        signal.pause()
+        while True:
+            time.sleep(1)
+            for name in airflow.start_ended():  # Airflow's scheduler may stumble over SQLite's missing row locks
+                console.print(f"Airflow's {name} ended, and is started again; see {logs / name}.log")
     finally:
         airflow.stop()

@@ -148,8 +148,10 @@ class Ledger:
 
     def _close_broken(self, error: BaseException) -> None:
         self._flusher.join()
+        # an error that is not ours may quote a text
+        reason = str(error).splitlines()[0] if isinstance(error, TaggerError) else f"ended by {type(error).__name__}"
         try:
-            self._write("broken", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            self._write("broken", reason)
         except TaggerError as e:
             logger.warning("the books of this attempt could not be closed: %s", e)
 

@@ -156,8 +156,8 @@ def test_an_attempt_is_running_until_it_ends(run: Run) -> None:
     [
         (RunFailed("budget reached: all is spent"), "budget reached: all is spent"),
         (StorageError("S3 is away\nfor long"), "S3 is away"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (SystemExit(), "SystemExit"),
+        (KeyboardInterrupt(), "ended by KeyboardInterrupt"),
+        (ValueError("the patient ate an apple"), "ended by ValueError"),
     ],
 )
 def test_an_attempt_that_raises_is_broken_and_says_why(run: Run, error: BaseException, reason: str) -> None:
