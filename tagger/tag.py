@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -193,23 +193,21 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
     if not 1 <= number <= len(plan.shards):
         raise InputError(f"run `{run.run_id}` has {len(plan.shards)} shards, no shard {number}")
     shard = plan.shards[number - 1]
-    redis = redis_client(dataset.lock.conn_id, connections) if dataset.lock else None
-    locks = RunLocks(redis, dataset.lock.conn_id) if redis and dataset.lock else None
-    throttle = Throttle(dataset.llm.concurrency, _rates(run, dataset, 1 if alone else len(plan.shards), redis))
-    client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
     earlier = read_attempts(run, number)
-    cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
     answered = latest_outcomes(attempt for attempt in earlier if attempt.plan_id == plan.plan_id)
+    cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
     cache.assume(key for key, outcome in answered.items() if outcome.status in ("tagged", "refused"))
     budget = None
     if dataset.limits.max_cost_usd is not None:
         spent = sum(cost or 0.0 for attempt in earlier for cost in attempt.values("cost_usd"))
         budget = dataset.limits.max_cost_usd / len(plan.shards) - spent
-    with (
-        closing(client),
-        opened_parquet(run.storage, shard_path(run, plan.plan_id, number)) as file,
-        Ledger(run, plan.plan_id, number, price_of(dataset.llm)) as ledger,
-    ):
+    with Ledger(run, plan.plan_id, number, price_of(dataset.llm)) as ledger, ExitStack() as stack:
+        redis = redis_client(dataset.lock.conn_id, connections) if dataset.lock else None
+        locks = RunLocks(redis, dataset.lock.conn_id) if redis and dataset.lock else None
+        throttle = Throttle(dataset.llm.concurrency, _rates(run, dataset, 1 if alone else len(plan.shards), redis))
+        client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
+        stack.enter_context(closing(client))
+        file = stack.enter_context(opened_parquet(run.storage, shard_path(run, plan.plan_id, number)))
         texts = ShardTexts(file, cache)
         asker = ShardAsker(
             cache,

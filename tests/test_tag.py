@@ -881,7 +881,18 @@ def test_a_redis_that_is_away_at_the_start_is_wrong_input_and_no_call(locked: Pr
     assert failure.exit_code == 2
     assert "`redis_default`" in str(failure)
     assert "s3cret-Pa55word" not in str(failure)
-    assert (llm.calls, read_attempts(run)) == ([], [])
+    assert llm.calls == []
+    assert [(attempt.state, attempt.reason) for attempt in read_attempts(run)] == [("broken", str(failure))]
+
+
+def test_a_shard_that_could_not_even_start_tells_the_report_why(project: Project, llm: StandIn) -> None:
+    put_texts(project, 1)
+    project.change(llm={"conn_id": "nope"})
+
+    with pytest.raises(RunFailed, match="connection `nope`"):
+        project.run()
+
+    assert llm.calls == []
 
 
 def test_a_redis_that_refuses_the_password_is_wrong_input_and_no_call(
