@@ -109,7 +109,13 @@ def naive_range(naive: datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
 
 
 def select_rows(
-    dataset: Dataset, *, end: datetime, kind: RunKind = "regular", day: date | None = None, all_rows: bool = False
+    dataset: Dataset,
+    *,
+    end: datetime,
+    kind: RunKind = "regular",
+    day: date | None = None,
+    all_rows: bool = False,
+    waited_until: datetime | None = None,
 ) -> Selection:
     """Return the rows that a run takes.
 
@@ -119,6 +125,7 @@ def select_rows(
         kind: backfill runs take their window and nothing else, without lookback.
         day: this calendar day of the dataset's time zone instead, without lookback.
         all_rows: the whole table.
+        waited_until: where the window ends instead, while it begins as if it did not.
 
     Raises:
         InputError: the arguments exclude each other.
@@ -146,7 +153,7 @@ def select_rows(
     end = datetime.fromisoformat(end.isoformat()).astimezone(UTC)  # Airflow's pendulum times lose their zone in sums
     lookback = timedelta() if kind == "backfill" else dataset.source.lookback
     start = min(previous_firing(dataset, end), end - ONE_DAY) - lookback
-    return Selection(rows="window", start=start, end=end, unfinished=kind == "regular")
+    return Selection(rows="window", start=start, end=waited_until or end, unfinished=kind == "regular")
 
 
 def previous_firing(dataset: Dataset, end: datetime) -> datetime:

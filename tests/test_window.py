@@ -133,6 +133,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, str | None, str
         {"end": "2026-11-22T10:00"},
         ("window", "2026-11-21T10:00", "2026-11-22T10:00", True),
     ),
+    "on assets, having waited": (
+        {"schedule": {"assets": ["s3://a/b"]}, "lookback": "0s"},
+        {"end": "2026-11-22T10:00", "waited_until": "2026-11-22T14:00"},
+        ("window", "2026-11-21T10:00", "2026-11-22T14:00", True),
+    ),
     "backfill, daily": (
         DAILY,
         {"end": "2026-11-21T16:00", "kind": "backfill"},
@@ -183,7 +188,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, str | None, str
 def test_rows_that_a_run_takes(
     about: dict[str, Any], run: dict[str, Any], expected: tuple[str, str | None, str | None, bool]
 ) -> None:
-    selection = select_rows(dataset(**about), **{**run, "end": utc(run["end"])})
+    instants = {name: utc(run[name]) for name in ("end", "waited_until") if name in run}
+    selection = select_rows(dataset(**about), **{**run, **instants})
 
     rows, start, end, unfinished = expected
     assert (selection.rows, selection.unfinished) == (rows, unfinished)

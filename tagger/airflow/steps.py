@@ -6,7 +6,7 @@ Only counts and shard numbers are returned, for they go into XCom.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +101,18 @@ def _run_in(where: dict[str, str]) -> "Run":
 
 def _options() -> Options:
     params = get_current_context()["params"]
+    known = {"target_date", "rows", *Options.model_fields}
+    if unknown := sorted(set(params) - known):  # a mistyped `dry_run` must not cost money
+        raise InputError(f"parameter `{unknown[0]}`: unknown; expected one of {', '.join(sorted(known))}")
     return run_options(**{name: params[name] for name in Options.model_fields if name in params})
 
 
 def _selection(dataset: Dataset) -> Selection:
-    """Return the rows of the present run. A run without a logical date (API, assets) counts from its `run_after`."""
+    """Return the rows of the present run. A run without a logical date (API, assets) counts from its `run_after`.
+
+    A run by assets takes rows up to now: while it waits for the run before it, Airflow lets it stand for later changes
+    of the assets too, and dates it by the first.
+    """
     context = get_current_context()
     dag_run, params = context["dag_run"], context["params"]
     kind: RunKind = "backfill" if dag_run.run_type == "backfill" else "regular"
@@ -116,6 +123,7 @@ def _selection(dataset: Dataset) -> Selection:
         kind=kind,
         day=date.fromisoformat(day) if day else None,
         all_rows=params.get("rows") == "all",
+        waited_until=datetime.now(UTC) if dag_run.run_type == "asset_triggered" else None,
     )
 
 

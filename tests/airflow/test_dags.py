@@ -358,6 +358,16 @@ def test_max_cost_stops_the_run_and_retry_refused_asks_again(project: Project, d
     assert len(project.llm.calls) == 3
 
 
+def test_a_mistyped_parameter_costs_nothing(project: Project, dags: Dags) -> None:
+    project.put(1, "apple")
+
+    run = dags()["tag_notes"].test(logical_date=NIGHT, run_conf={"dryrun": True})
+
+    assert str(run.state) == "failed"
+    assert states(run)["snapshot"] == ["failed"]
+    assert not project.llm.calls
+
+
 # Resources
 
 
