@@ -188,7 +188,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, str | None, str
 def test_rows_that_a_run_takes(
     about: dict[str, Any], run: dict[str, Any], expected: tuple[str, str | None, str | None, bool]
 ) -> None:
-    instants = {name: utc(run[name]) for name in ("end", "waited_until") if name in run}
+    instants: dict[str, Any] = {name: utc(run[name]) for name in ("end", "waited_until") if name in run}
     selection = select_rows(dataset(**about), **{**run, **instants})
 
     rows, start, end, unfinished = expected
