@@ -90,6 +90,7 @@ def _run(home: Home, *, ui: bool, yes: bool) -> int:
         Storage.connect(f"s3://{homes.BUCKET}", "aws_default", _connections(environment)).check(create=True)
         ok = _two_days(home, environment)
         if ui:
+            home.shorten_catch_up()
             serve(environment, home.logs, _shown(home.mails), console)
         else:
             show.what_next(console, live=home.live)

@@ -69,15 +69,20 @@ class Home:
             folder.mkdir(parents=True, exist_ok=True)
         for old in self.datasets.glob("*.yaml"):
             old.unlink()
-        start_date = datetime.now(UTC).date() - CAUGHT_UP
         for source in sorted((REPOSITORY / "dags" / "datasets").glob("*.yaml")):
             content = source.read_text(encoding="utf-8")
-            content = re.sub("(?m)^start_date: .*", f"start_date: {start_date}", content)
             if self.live:
                 content = content.replace("storage: s3://tagger", "storage: s3://tagger/live")
             else:
                 content = content.replace("model: gpt-5-mini", f"model: {STAND_IN_MODEL}")
             (self.datasets / source.name).write_text(f"{content}\n{ALERTS}\n", encoding="utf-8")
+
+    def shorten_catch_up(self) -> None:
+        """Let the schedules begin a few days ago."""
+        start_date = datetime.now(UTC).date() - CAUGHT_UP
+        for file in self.datasets.glob("*.yaml"):
+            content = re.sub("(?m)^start_date: .*", f"start_date: {start_date}", file.read_text(encoding="utf-8"))
+            file.write_text(content, encoding="utf-8")
 
     def lock(self) -> bool:
         """Take the folder for this process, until it ends; return whether it was free."""
