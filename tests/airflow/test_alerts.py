@@ -44,8 +44,6 @@ from tests.databases import teach
 from tests.project import MINIMAL, Project, merged
 from tests.servers import Authority
 
-pytestmark = pytest.mark.xdist_group("airflow")
-
 TO = ["team@example.com", "night@example.com"]
 NIGHT = datetime(2026, 11, 21, 16, tzinfo=UTC)
 """The 22nd in Tokyo."""

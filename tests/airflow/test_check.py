@@ -12,8 +12,6 @@ from tagger.dataset_files import parse_dataset
 from tagger.exceptions import InputError
 from tests.project import MINIMAL, merged
 
-pytestmark = pytest.mark.xdist_group("airflow")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def airflow_database() -> None:

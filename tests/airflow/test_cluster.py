@@ -19,7 +19,7 @@ from tests.airflow.cluster import Cluster
 from tests.databases import put_rows
 from tests.project import merged
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("airflow-cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TEXTS, SHARDS, CONCURRENCY = 2000, 8, 4
 TEAM = "team@example.com"

@@ -25,8 +25,6 @@ from tests.conftest import AIRFLOW_HOME, REPOSITORY
 from tests.databases import REFUSAL, teach
 from tests.project import Project, merged
 
-pytestmark = pytest.mark.xdist_group("airflow")
-
 NIGHT = datetime(2026, 11, 5, 1, tzinfo=UTC)
 
 Dags = Callable[[], dict[str, Any]]

@@ -34,7 +34,7 @@ from tests.databases import redis_connection
 from tests.project import merged
 from tests.servers import RedisServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("airflow-run-kinds")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "run-kinds.md"
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)

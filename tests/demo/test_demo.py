@@ -16,7 +16,7 @@ from demo import tables
 from tagger.spec import normalise
 from tests.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 CALLS = re.compile(r"^ *(articles|survey_answers) day (\d) +(\d+) +(\d+) +(\d+) +(\d+) ", re.MULTILINE)
 
