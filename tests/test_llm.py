@@ -754,7 +754,8 @@ def test_the_message_names_the_endpoint_without_its_secrets(new_asker: MakeAsker
 
 @pytest.mark.parametrize("status", BUSY)
 def test_a_wrong_key_stops_calls_that_wait_to_be_made_again(asker: Asker, llm: StandIn, status: int) -> None:
-    llm.script(busy(status, "60"), replace(STOPPING["wrong key"][0], delay=1.0))
+    # both calls are in flight before one is told to wait
+    llm.script(replace(busy(status, "60"), delay=2.0), replace(STOPPING["wrong key"][0], delay=3.0))
     both = [in_thread(asker.ask), in_thread(lambda: asker.ask("a zebra"))]
 
     for thread, _ in both:

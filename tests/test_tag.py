@@ -366,7 +366,7 @@ def test_a_killed_shard_loses_the_calls_in_flight_and_no_money_unseen(
 
     assert 0 < asked_before < texts
     assert killed.state == "running"
-    assert len(llm.calls) <= texts + concurrency
+    assert len(llm.calls) < texts + 2 * concurrency  # in flight, or answered and not yet written
     assert max(llm.calls_per_key().values()) <= 2
     assert (summary.texts, summary.tagged) == (texts, texts)
     both = [outcome for attempt in read_attempts(run) for outcome in attempt.outcomes]

@@ -201,7 +201,7 @@ def test_of_a_worker_that_is_killed_the_others_repeat_only_the_calls_in_flight(
     assert time.monotonic() - at < 60 + 30  # its locks are free after 60 s
     assert stats["texts"] == texts
     assert stats["most_calls_per_text"] <= 2
-    assert stats["calls"] <= texts + concurrency
+    assert stats["calls"] < texts + 2 * concurrency  # in flight, or answered and not yet written
     assert records(run) == texts
 
 

@@ -161,7 +161,8 @@ def test_of_a_worker_killed_in_mid_run_only_the_calls_in_flight_are_made_again(s
     assert 0 < len(story.keys_at_kill) < TEXTS
     assert {calls[key] for key in story.keys_at_kill} == {1}  # no finished text was called twice
     again = {key for key, count in calls.items() if count > 1}
-    assert len(again) <= CONCURRENCY * len(story.killed_shards)
+    # in flight, or answered and not yet written
+    assert len(again) < 2 * CONCURRENCY * len(story.killed_shards)
     tasks = cluster.api.tasks("tag_notes", story.killed_run)
     tries = {task["map_index"]: task["try_number"] for task in tasks if task["task_id"] == "tag"}
     assert tries == {shard: 2 if shard in story.killed_shards else 1 for shard in range(SHARDS)}
