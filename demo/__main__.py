@@ -20,6 +20,7 @@ from demo import show, tables
 from demo.airflow import REPOSITORY
 from demo.home import Home
 from demo.mail import MailCatcher
+from demo.postgresql import PostgreSQL
 from demo.processes import Process, ServerError
 from demo.ui import serve
 from tagger.connections import Connection
@@ -86,7 +87,9 @@ def _run(home: Home, *, ui: bool, yes: bool) -> int:
         if llm_url:
             show.stand_in_notice(console)
         mail = stack.enter_context(MailCatcher(home.mails))
-        environment = home.environment(store, llm_url, mail)
+        # in the web interface Airflow works on several runs at once, and SQLite has no row locks
+        database_url = stack.enter_context(PostgreSQL(home.path / "postgresql")).url if ui else None
+        environment = home.environment(store, llm_url, mail, database_url)
         Storage.connect(f"s3://{homes.BUCKET}", "aws_default", _connections(environment)).check(create=True)
         ok = _two_days(home, environment)
         if ui:

@@ -36,8 +36,8 @@ HEALTH = {"scheduler": "scheduler", "dag-processor": "dag_processor", "triggerer
 """What the API calls the components that report to the database."""
 
 
-def settings(home: Path) -> dict[str, str]:
-    """Return Airflow's settings: everything it keeps below a folder, one user, nothing but loopback."""
+def settings(home: Path, database_url: str | None = None) -> dict[str, str]:
+    """Return Airflow's settings: one user, nothing but loopback, everything below a folder or in the database."""
     return {
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__API__HOST": LOOPBACK,
@@ -54,7 +54,7 @@ def settings(home: Path) -> dict[str, str]:
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "passwords.json"),
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": database_url or f"sqlite:///{home / 'airflow.db'}",
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
     }
 
@@ -129,17 +129,10 @@ class Airflow:
         process = Process(command, log, ready=lambda: True, env=self.environment, cwd=self.home, stop_signal=end)
         self.processes[name] = process.start()
 
-    def start_ended(self) -> list[str]:
-        """Start the components that have ended again, and return their names."""
-        ended = []
-        for name, process in self.processes.items():
-            try:
-                process.check()
-            except ServerError:
-                ended.append(name)
-        for name in ended:
-            self._start(name)
-        return ended
+    def check(self) -> None:
+        """Raise `ServerError` if a component has ended."""
+        for process in self.processes.values():
+            process.check()
 
     def stop(self) -> None:
         """End everything, the tasks too."""

@@ -11,6 +11,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import sqlalchemy
+
 
 def main() -> None:
     """Answer the requests on stdin until it is closed."""
@@ -19,7 +21,9 @@ def main() -> None:
     from airflow.utils.db import initdb
     from airflow.utils.session import create_session
 
-    if not (Path(os.environ["AIRFLOW_HOME"]) / "airflow.db").exists():
+    with create_session() as session:
+        is_new = not sqlalchemy.inspect(session.get_bind()).has_table("dag_run")
+    if is_new:
         initdb()
     dags = runpy.run_path(str(Path(os.environ["AIRFLOW__CORE__DAGS_FOLDER"], "tagging.py")))
 

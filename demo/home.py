@@ -97,8 +97,17 @@ class Home:
         """Return the S3 server, not started yet."""
         return SeaweedFS(self.path / "s3", self.logs / "s3.log")
 
-    def environment(self, store: SeaweedFS, llm_url: str | None, mail: MailCatcher) -> dict[str, str]:
-        """Return the environment of Airflow and the `tagger` command: connections, folders, loopback only."""
+    def environment(
+        self, store: SeaweedFS, llm_url: str | None, mail: MailCatcher, database_url: str | None
+    ) -> dict[str, str]:
+        """Return the environment of Airflow and the `tagger` command: connections, folders, loopback only.
+
+        Args:
+            store: The S3 server.
+            llm_url: The stand-in's base URL; None: the real API.
+            mail: The catcher of Airflow's mails.
+            database_url: Airflow's own database; None: one in SQLite.
+        """
         aws = {
             "conn_type": "aws",
             "login": store.access_key,
@@ -116,7 +125,7 @@ class Home:
         return {
             **inherited,
             **{f"AIRFLOW_CONN_{name}": json.dumps(fields) for name, fields in connections.items()},
-            **settings(self.airflow),
+            **settings(self.airflow, database_url),
             "NO_PROXY": "127.0.0.1,localhost",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(REPOSITORY),

@@ -24,7 +24,6 @@ def serve(environment: Mapping[str, str], logs: Path, mails: Path, console: Cons
         )
         while True:
             time.sleep(1)
-            for name in airflow.start_ended():  # Airflow's scheduler may stumble over SQLite's missing row locks
-                console.print(f"Airflow's {name} ended, and is started again; see {logs / name}.log")
+            airflow.check()
     finally:
         airflow.stop()

@@ -42,12 +42,13 @@ AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="tagger-tests-"))
 _isolate(AIRFLOW_HOME)
 sys.path.insert(0, str(REPOSITORY))
 
+from demo.postgresql import PostgreSQL  # noqa: E402
 from demo.seaweedfs import SeaweedFS  # noqa: E402 - after the environment is ours
 from demo.stand_in import StandIn  # noqa: E402
 from tagger.connections import Connection  # noqa: E402
 from tests.databases import redis_connection  # noqa: E402
 from tests.project import Project, sqlite_project  # noqa: E402
-from tests.servers import Moto, PostgreSQL, RedisServer, S3Store  # noqa: E402
+from tests.servers import Moto, RedisServer, S3Store  # noqa: E402
 
 
 def pytest_unconfigure() -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
+from demo.postgresql import Database, PostgreSQL
 from demo.stand_in import Reply, StandIn, choose_tags, completion, read_question
 from tagger.connections import Connection, s3_client
 from tagger.runs import Run
 from tagger.storage import Storage
 from tests.project import MINIMAL, Project, merged, sqlite_project
-from tests.servers import Database, PostgreSQL, RedisServer, S3Store
+from tests.servers import RedisServer, S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

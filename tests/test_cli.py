@@ -23,13 +23,14 @@ import pytest
 import yaml
 from botocore.retries.standard import ExponentialBackoff
 
+from demo.postgresql import PostgreSQL
 from demo.processes import free_port
 from demo.stand_in import StandIn, completion, error
 from tagger.cli import main
 from tagger.ledger import read_attempts
 from tagger.report import Summary
 from tests.project import Project, merged
-from tests.servers import PostgreSQL, S3Store
+from tests.servers import S3Store
 
 DAY = "2026-11-20"
 

@@ -27,6 +27,7 @@ import sqlalchemy as sa
 from airflow.providers.openai.hooks.openai import OpenAIHook
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
+from demo.postgresql import PostgreSQL
 from tagger.airflow.connections import connections_from_airflow
 from tagger.check import check
 from tagger.connections import (
@@ -43,7 +44,7 @@ from tagger.redis_connection import ping_redis, redis_client
 from tagger.tables import connecting
 from tests.databases import redis_connection
 from tests.project import Project
-from tests.servers import Authority, PostgreSQL, RedisServer, S3Store
+from tests.servers import Authority, RedisServer, S3Store
 
 SECRET = "s3cret-Pa55word"
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from demo.postgresql import PostgreSQL
 from demo.stand_in import completion, error
 from tagger.cache import Cache, Record
 from tagger.connections import Connection
@@ -27,7 +28,6 @@ from tagger.tables import new_target
 from tagger.tag import tag
 from tests.databases import DATABASES, REFUSAL, database_connection, failing_on, make_project, put_rows, teach, watch
 from tests.project import Project
-from tests.servers import PostgreSQL
 
 REJECTED = error(400, "no", "odd_text")
 

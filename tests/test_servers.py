@@ -21,12 +21,13 @@ from botocore.exceptions import ClientError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from demo.postgresql import PostgreSQL
 from demo.processes import Process, ServerError, free_port, start_on_free_ports
 from demo.seaweedfs import SeaweedFS, remove_sockets
 from tagger.connections import Connection
 from tests.databases import redis_connection
 from tests.project import Project
-from tests.servers import Authority, Moto, PostgreSQL, RedisServer, S3Store
+from tests.servers import Authority, Moto, RedisServer, S3Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
@@ -290,7 +291,7 @@ class TestPostgreSQL:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As in an environment below /root; the copy goes with the server."""
-        monkeypatch.setattr("tests.servers._open_to_all", lambda path: path == Path("/tmp"))
+        monkeypatch.setattr("demo.postgresql._open_to_all", lambda path: path == Path("/tmp"))
         monkeypatch.setattr("tempfile.tempdir", "/tmp")
         with PostgreSQL(tmp_path) as server:
             program = Path(psutil.Process(server.pid).exe())

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
+from demo.postgresql import PostgreSQL
 from tagger.connections import Connection
 from tagger.exceptions import InputError, StorageError, TaggerError, Unreachable
 from tagger.runs import Run, read_parquet
@@ -21,7 +22,6 @@ from tagger.tables import new_target
 from tagger.window import Selection
 from tests.databases import DATABASES, database_connection, make_project, put_rows
 from tests.project import Project
-from tests.servers import PostgreSQL
 
 MIDNIGHT = datetime(2026, 7, 2, tzinfo=UTC)
 DAY = Selection(rows="day", start=MIDNIGHT - timedelta(days=1), end=MIDNIGHT, unfinished=False)

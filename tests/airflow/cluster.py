@@ -15,11 +15,12 @@ import yaml
 from bench.endpoints import S3Endpoint
 from demo.airflow import Airflow, Client, settings
 from demo.mail import MailCatcher
+from demo.postgresql import PostgreSQL
 from demo.stand_in import StandIn
 from tagger.connections import Connection
 from tests.databases import postgresql_project, redis_connection
 from tests.project import Project, sqlite_project
-from tests.servers import PostgreSQL, RedisServer, S3Store
+from tests.servers import RedisServer, S3Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 QUICK = {
