@@ -140,6 +140,8 @@ class LLM(Model):
     conn_id: str = "openai_default"
     model: str = Field(min_length=1)
     mode: Literal["online", "batch"] = "online"
+    batch_fallback: Literal["online"] | None = None
+    texts_per_request: int = Field(default=1, ge=1, le=100)
     concurrency: int = Field(default=64, ge=1, le=1024)
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
@@ -159,6 +161,12 @@ class LLM(Model):
         if taken:
             raise ValueError(f"request parameters other than {', '.join(taken)}, which tagger sets itself")
         return _as_json(params)
+
+    @model_validator(mode="after")
+    def _one_text_in_a_batch(self) -> Self:
+        if self.mode == "batch" and self.texts_per_request > 1:
+            raise ValueError("texts_per_request: 1, where `mode: batch` asks for each text on a line of its own")
+        return self
 
 
 class Tag(Model):
@@ -185,8 +193,15 @@ class Limits(Model):
     """What makes a run stop or fail."""
 
     max_cost_usd: float | None = Field(default=None, gt=0)
+    max_cost_usd_per_month: float | None = Field(default=None, gt=0)
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
     max_deleted_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+class Rollout(Model):
+    """How a new spec reaches the rows that hold an older one."""
+
+    texts_per_run: int = Field(ge=1)
 
 
 class Shards(Model):
@@ -266,6 +281,7 @@ class Dataset(Model):
     revision: int = Field(default=1, ge=0)
     lock: Lock | None = None
     limits: Limits = Limits()
+    rollout: Rollout | None = None
     shards: Shards = Shards()
     alerts: Alerts = Alerts()
     max_active_runs: int = Field(default=1, ge=1, le=1000)
