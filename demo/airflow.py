@@ -150,6 +150,11 @@ class Airflow:
         _kill(children)
         process.stop()
 
+    def restart(self, name: str) -> None:
+        """Kill a component, and start it again."""
+        self.kill(name)
+        self._start(name)
+
     def __enter__(self) -> Self:
         """Start everything."""
         return self.start()

@@ -75,7 +75,7 @@ def runs(console: Console, summaries: list[tuple[str, Summary]]) -> None:
             f"{s.llm_requests:,}",
             f"{s.input_tokens + s.output_tokens:,}",
             usd(s.cost_usd),
-            usd(s.saved_usd),
+            usd(s.total_saved_usd),
             f"{(s.finished_at - s.started_at).total_seconds():.1f} s",
         )
     console.print()

@@ -8,186 +8,106 @@ works and say nothing about how well a model tags. It always answers as model `o
 
     python -m demo.stand_in --port 8080
 
-`POST /v1/chat/completions` and `GET /v1/models` are OpenAI's; `GET /stats` gives totals, never a text.
+`POST /v1/chat/completions`, `GET /v1/models`, files and batches are OpenAI's; `GET /stats` gives totals, never a text.
 """
 
 import argparse
-import json
-import math
-import re
 import signal
 import sys
 import threading
 import time
-import unicodedata
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from hashlib import sha256
-from http.client import responses
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingTCPServer
-from typing import Any, Self
+from typing import Literal
 
-MODEL = "offline-stand-in"
+from demo.stand_in_answers import (
+    MODEL,
+    Question,
+    answer,
+    choose_tags,
+    completion,
+    estimate_tokens,
+    prompt_tokens,
+    read_question,
+    read_questions,
+    token_usage,
+)
+from demo.stand_in_batches import ENDPOINT, Answer, Batches, Fate
+from demo.stand_in_files import File, Files
+from demo.stand_in_http import Json, Reply, Request, Routes, Server, error
 
-Json = dict[str, Any]
-Tags = tuple[tuple[str, str], ...]  # ids and descriptions
+__all__ = [
+    "MODEL",
+    "Call",
+    "Fate",
+    "File",
+    "Json",
+    "Question",
+    "Reply",
+    "Script",
+    "StandIn",
+    "choose_tags",
+    "completion",
+    "error",
+    "estimate_tokens",
+    "read_question",
+    "read_questions",
+    "token_usage",
+]
 
-_TEXT = re.compile(r'\A<text id="([0-9a-fA-F]+)">\n(.*)\n</text id="\1">\n?\Z', re.DOTALL)
-_TAG_LINE = re.compile(r"^- ([^\n]+?): (.*)$", re.MULTILINE)
-_AT_MOST = re.compile(r"\bat most (\d+) tag", re.IGNORECASE)
 _EXPECTED = "Expected the tagger's messages, its marker lines around the text, a model, a response_format, no stream."
 
-# Latin words of four letters, runs of kanji, runs of katakana.
-_WORD = re.compile(
-    r"[a-z\u00df-\u00f6\u00f8-\u024f]{4,}|[\u3005\u3400-\u4dbf\u4e00-\u9fff]{2,}|[\u30a1-\u30fa\u30fc]{2,}"
-)
-_SUFFIX = re.compile(r"(?<=.{4})(ations?|ical|ious|ions?|ies|ing|ous|ed|es|ic|al|e|(?<!s)s|y)$")
-_COMMON = """about after also among before being between both each either else every from general have having into like
-    many more most much only other over related same some such than that their them then there these they this those
-    through topic topics very what when where which while with within without 一般 全般 場合 内容 関係 関連"""
-_STOP_WORDS = frozenset(_COMMON.split())
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One HTTP answer, sent after `delay` seconds; `close` drops the connection instead."""
-
-    status: int = 200
-    body: Json | bytes | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    close: bool = False
-
-
-Script = Reply | Callable[[Json], Reply]
+Script = Reply | Answer
+Asked = Literal["online", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One chat request: key and sha256 are empty if it was not well-formed, status is 0 if it was dropped."""
+    """One chat request, online or as a line of a batch; status is 0 if it was dropped.
+
+    `key` is the text's id, empty for a packed request. `kept` are the texts where the server keeps them. Both and the
+    texts' hashes are empty if the request was not well-formed.
+    """
 
     key: str
-    sha256: str
-    text: str | None
+    sha256s: tuple[str, ...]
+    kept: tuple[str, ...]
     model: str
     time: float
     status: int
+    asked: Asked = "online"
 
+    @property
+    def texts(self) -> int:
+        """How many texts it held."""
+        return len(self.sha256s)
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What a well-formed request asks: a text, the tags to choose from, how many."""
+    @property
+    def sha256(self) -> str:
+        """The hash of its only text."""
+        return self.sha256s[0] if self.texts == 1 else ""
 
-    key: str
-    text: str
-    system: str
-    tags: Tags
-    at_least: int
-    at_most: int
-
-
-def token_usage(prompt: int, answer: int, cached: int = 0) -> Json:
-    """Return OpenAI's `usage` for these token counts."""
-    usage: Json = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-    return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
-
-
-def completion(
-    content: str | None,
-    finish_reason: str = "stop",
-    refusal: str | None = None,
-    model: str = MODEL,
-    usage: Json | None = None,
-) -> Reply:
-    """Return a chat completion; without `usage` it claims 100 prompt tokens and the content's estimate."""
-    message = {"role": "assistant", "content": content, "refusal": refusal}
-    body: Json = {"id": f"chatcmpl-{MODEL}", "object": "chat.completion", "created": int(time.time()), "model": model}
-    body["choices"] = [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}]
-    body["usage"] = token_usage(100, estimate_tokens(content or refusal or "")) if usage is None else usage
-    return Reply(body=body | {"system_fingerprint": MODEL})
-
-
-def error(
-    status: int,
-    message: str,
-    code: str | None = None,
-    type: str = "invalid_request_error",
-    param: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> Reply:
-    """Return an error in OpenAI's JSON shape."""
-    body = {"error": {"message": message, "type": type, "param": param, "code": code}}
-    return Reply(status, body, headers or {})
-
-
-def estimate_tokens(text: str) -> int:
-    """Estimate tokens: four ASCII characters make one, any other character is one."""
-    ascii_only = len(text.encode("ascii", "ignore"))
-    return math.ceil(ascii_only / 4) + len(text) - ascii_only
-
-
-def read_question(request: Json) -> Question:
-    """Read a request's body; raises LookupError, TypeError or ValueError if it is not of the tagger's form."""
-    first, last, wanted = request["messages"][0], request["messages"][-1], request["response_format"]
-    if (first["role"], last["role"]) != ("system", "user") or not request["model"] or request.get("stream"):
-        raise ValueError("roles, model or stream")
-    [(key, text)] = _TEXT.findall(last["content"])
-    tags = {"items": {}} if wanted["type"] == "json_object" else wanted["json_schema"]["schema"]["properties"]["tags"]
-    described: dict[str, str] = dict(_TAG_LINE.findall(first["content"]))
-    chosen = tuple((each, described[each]) for each in tags["items"].get("enum", described))
-    if not chosen:
-        raise ValueError("no tags")
-    at_most = min(map(int, _AT_MOST.findall(first["content"])))
-    return Question(key, text, first["content"], chosen, int(tags.get("minItems", 0)), at_most)
-
-
-def choose_tags(question: Question) -> list[str]:
-    """Return the tags whose descriptions share words with the text, best first; ties in tag order."""
-    text = _plain(question.text)
-    words = Counter(map(_stem, _WORD.findall(text)))
-    scores: dict[str, float] = {}
-    for tag, weights in _weigh_words(question.tags):
-        counts = {word: words[word] if word.isascii() else text.count(word) for word in weights}
-        # A word counts three times at most, so that one frequent word does not beat several that fit.
-        scores[tag] = sum(weight * min(counts[word], 3) for word, weight in weights.items())
-    matching = sum(score > 0 for score in scores.values())
-    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-    return ranked[: min(max(matching, question.at_least), question.at_most)]
-
-
-@lru_cache(maxsize=64)
-def _weigh_words(tags: Tags) -> list[tuple[str, dict[str, float]]]:
-    """Return each tag's words, each with one over the number of tags that share it."""
-    found = [(tag, set(_WORD.findall(_plain(description))) - _STOP_WORDS) for tag, description in tags]
-    words = [(tag, sorted(set(map(_stem, each)))) for tag, each in found]
-    shared = Counter(word for _, each in words for word in each)
-    return [(tag, {word: 1 / shared[word] for word in each}) for tag, each in words]
-
-
-@lru_cache(maxsize=65536)
-def _stem(word: str) -> str:
-    return _SUFFIX.sub("", word)
-
-
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
-def _sha256(text: str) -> str:
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    @property
+    def text(self) -> str | None:
+        """Its only text."""
+        return self.kept[0] if len(self.kept) == 1 else None
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class StandIn(ThreadingTCPServer):
+class StandIn(Server):
     """The server: it answers in threads inside its `with` block, and counts what it was asked.
 
     Rates are fractions of the requests. A 429 or 500 is drawn from the text and how often this server was asked
-    it, so that a retry is another draw; whether a text is refused depends on the text and `seed` alone.
-    `latency` delays answers, not errors. Without `api_key` any key will do.
+    it, so that a retry is another draw; whether a text is refused depends on the text and `seed` alone. A packed
+    request draws once, for all its texts together, and is refused with any of them.
+    `latency` delays answers, not errors; `latencies` delays whatever a route answers, by names like
+    `GET /v1/batches/{id}`. Without `api_key` any key will do.
+
+    A batch takes `batch_delay` seconds and no 429 or 500 of those rates: `batch_errors` of its lines end with a 500.
+    Without `batches` the server has neither files nor batches.
     """
 
     port: int = 0
@@ -199,43 +119,72 @@ class StandIn(ThreadingTCPServer):
     api_key: str | None = None
     seed: int = 0
     keep_texts: bool = False
+    batches: bool = True
+    batch_delay: float = 0.0
+    batch_errors: float = 0.0
+    latencies: dict[str, float] = field(default_factory=dict)
     max_in_flight: int = field(default=0, init=False)
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 1024
 
     def __post_init__(self) -> None:
         """Bind the port; raises ValueError on a wrong rate and OSError on a port in use."""
-        faults = self.rate_429 + self.rate_500
-        if min(self.rate_429, self.rate_500, self.refusals) < 0 or max(faults, self.refusals) > 1:
+        faults, rates = self.rate_429 + self.rate_500, (self.rate_429, self.rate_500, self.refusals, self.batch_errors)
+        if min(rates) < 0 or max(*rates, faults) > 1:
             raise ValueError("rates must be fractions from 0 to 1, those of 429 and 500 together too")
-        self._lock, self.closed, self._in_flight = threading.Lock(), threading.Event(), 0
+        self._lock, self._in_flight = threading.Lock(), 0
         self._calls: list[Call] = []
         self._asked, self._tokens = Counter[str](), Counter[str]()
         self._systems, self._script = set[str](), deque[Script]()
-        super().__init__(("127.0.0.1", self.port), _Handler)
+        self._files = Files()
+        self._batches = Batches(self._files, self._answer_line, lambda: self.batch_delay)
+        optional = self._files.routes | self._batches.routes if self.batches else {}
+        self._routes: Routes = {f"POST {ENDPOINT}": self._chat, "GET /v1/models": _models} | optional
+        self._routed, self._route_scripts = Counter[str](), defaultdict[str, deque[tuple[Reply, bool]]](deque)
+        super().__init__(self.port)
         self.port = self.socket.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
 
-    def __enter__(self) -> Self:
-        """Start answering."""
-        threading.Thread(target=self.serve_forever, args=(0.05,), name=MODEL, daemon=True).start()
-        return self
-
     def __exit__(self, *_: object) -> None:
-        """Stop listening, and drop each connection at its next request."""
-        self.closed.set()
-        self.shutdown()
-        self.server_close()
+        """Stop listening and all batches, and drop each connection at its next request."""
+        self._batches.close()
+        super().__exit__()
 
     def script(self, *replies: Script) -> None:
         """Queue replies: each next chat request with a right key pops one, before any other rule."""
         self._script.extend(replies)
 
+    def script_batches(self, *fates: Fate) -> None:
+        """Queue fates: each next batch that is accepted takes one."""
+        self._batches.script(*fates)
+
+    def script_route(self, route: str, *replies: Reply, after: bool = False) -> None:
+        """Queue replies to a route like `POST /v1/batches` or `GET /v1/files/{id}/content`, one a request.
+
+        The server does nothing else for that request. With `after` it first does all that was asked of it, so that
+        the client is told of an error, or of nothing at all, and yet the batch is there.
+        """
+        if route not in self._routes:
+            raise ValueError(f"expected one of {', '.join(self._routes)}, found {route}")
+        self._route_scripts[route].extend((reply, after) for reply in replies)
+
+    @property
+    def routes(self) -> Counter[str]:
+        """How many requests each route got, whatever the answer: `{"POST /v1/batches": 1}`."""
+        with self._lock:
+            return Counter(self._routed)
+
+    @property
+    def files(self) -> list[File]:
+        """All files ever, oldest first, those of the batches' answers and those deleted too."""
+        return self._files.all()
+
+    @property
+    def submitted(self) -> list[Json]:
+        """The batches that were accepted, oldest first, as `GET /v1/batches/{id}` shows them."""
+        return self._batches.all()
+
     @property
     def calls(self) -> list[Call]:
-        """The chat requests so far; each is in it before its delay begins."""
+        """The chat requests and lines of batches so far; each is in it before its delay begins."""
         with self._lock:
             return list(self._calls)
 
@@ -243,124 +192,127 @@ class StandIn(ThreadingTCPServer):
         """Count the calls of each text id, of all or of one status."""
         return Counter(call.key for call in self.calls if call.key and status in (None, call.status))
 
+    def calls_per_text(self, status: int | None = None) -> dict[str, int]:
+        """Count how often each text was asked, packed or alone, by the text's SHA-256 in hex digits."""
+        return Counter(text for call in self.calls if status in (None, call.status) for text in call.sha256s)
+
     def stats(self) -> Json:
         """Return the totals that `GET /stats` shows."""
         totals: Json = {name: self._tokens[name] for name in ("prompt_tokens", "completion_tokens")}
-        by_status = Counter(str(call.status) for call in self.calls)
-        return {"calls": by_status.total(), "by_status": by_status, "max_in_flight": self.max_in_flight} | totals
+        calls = self.calls
+        by_status, asked = Counter(str(call.status) for call in calls), Counter(call.asked for call in calls)
+        counts = {"calls": len(calls), "by_status": by_status, "asked": asked, "max_in_flight": self.max_in_flight}
+        files = sum(not file.deleted for file in self.files)
+        return counts | totals | {"files": files, "batches": len(self.submitted), "routes": self.routes}
 
-    def chat(self, raw: bytes, key: str) -> Reply:
-        """Answer and count one chat request; returns when the reply's delay is over."""
+    def respond(self, request: Request) -> Reply:
+        """Answer one HTTP request; returns when the reply's delay is over."""
+        if request.route == "GET /stats":
+            return Reply(body=self.stats())
+        chat = request.route == f"POST {ENDPOINT}"
         with self._lock:
-            self._in_flight += 1
+            self._in_flight += chat
             self.max_in_flight = max(self.max_in_flight, self._in_flight)
         try:
-            request, question = _read(raw)
-            reply = self.check_key(key) or self._next_reply(request, question)
-            self._count(request, question, reply)
-            self.closed.wait(reply.delay)
+            reply = self._respond(request)
+            self.closed.wait(reply.delay + self.latencies.get(request.route, 0.0))
         finally:
             with self._lock:
-                self._in_flight -= 1
+                self._in_flight -= chat
         return reply
 
-    def check_key(self, key: str) -> Reply | None:
-        """Return the refusal of a wrong key, None for a right one."""
-        right = self.api_key in (None, key)
+    def _respond(self, request: Request) -> Reply:
+        with self._lock:
+            self._routed[request.route] += 1
+            scripts = self._route_scripts[request.route]
+            scripted, after = scripts.popleft() if scripts else (None, False)
+        if scripted and not after:
+            return scripted
+        if not (answering := self._routes.get(request.route)):
+            return error(404, "Unknown request URL.")
+        # A chat request with a wrong key is counted among the calls.
+        wrong_key = None if answering == self._chat else self._check_key(request)
+        reply = wrong_key or answering(request)
+        return scripted or reply
+
+    def _check_key(self, request: Request) -> Reply | None:
+        right = self.api_key in (None, request.key)
         return None if right else error(401, "Incorrect API key provided.", "invalid_api_key")
 
-    def _next_reply(self, request: Json, question: Question | None) -> Reply:
+    def _chat(self, request: Request) -> Reply:
+        asked = request.json()
+        questions, wrong_key, script = _read(asked), self._check_key(request), None
         with self._lock:
-            scripted = self._script.popleft() if self._script else None
-        if scripted:
-            return scripted(request) if callable(scripted) else scripted
-        if not question:
-            return error(400, _EXPECTED)
-        return self._fault(question.text) or self._answer(question)
+            if self._script and not wrong_key:
+                script = self._script.popleft()
+        reply = wrong_key or self._reply(asked, questions, script, self.rate_429, self.rate_500)
+        return self._count(asked, questions, reply, "online")
 
-    def _fault(self, text: str) -> Reply | None:
+    def _answer_line(self, asked: Json, script: Script | None) -> Reply:
+        questions = _read(asked)
+        return self._count(asked, questions, self._reply(asked, questions, script, 0, self.batch_errors), "batch")
+
+    def _reply(
+        self, asked: Json, questions: list[Question], script: Script | None, rate_429: float, rate_500: float
+    ) -> Reply:
+        if scripted := script(asked) if callable(script) else script:
+            return scripted
+        if not questions:
+            return error(400, _EXPECTED)
+        fault = self._fault("\n".join(each.text for each in questions), rate_429, rate_500)
+        return fault or self._answer(asked, questions)
+
+    def _fault(self, text: str, rate_429: float, rate_500: float) -> Reply | None:
         with self._lock:
             self._asked[_sha256(text)] += 1
             draw = self._draw(f"fault {self._asked[_sha256(text)]}", text)
-        if draw < self.rate_429:
+        if draw < rate_429:
             headers = {} if self.retry_after is None else {"Retry-After": f"{self.retry_after:g}"}
             return error(429, "Rate limit reached, as asked for.", "rate_limit_exceeded", "requests", headers=headers)
-        broken = draw < self.rate_429 + self.rate_500
+        broken = draw < rate_429 + rate_500
         return error(500, "The server had an error, as asked for.", type="server_error") if broken else None
 
     def _draw(self, kind: str, text: str) -> float:
         return int(_sha256(f"{self.seed} {kind} {text}")[:13], 16) / 16**13
 
-    def _answer(self, question: Question) -> Reply:
-        refused = self._draw("refusal", question.text) < self.refusals
+    def _answer(self, asked: Json, questions: list[Question]) -> Reply:
+        refused = any(self._draw("refusal", each.text) < self.refusals for each in questions)
         refusal = "The offline stand-in refuses this text, as asked for." if refused else None
-        content = None if refused else json.dumps({"tags": choose_tags(question)}, ensure_ascii=False)
-        system = estimate_tokens(question.system)
+        content = None if refused else answer(questions)
+        system = questions[0].system
+        tokens = estimate_tokens(system)
         with self._lock:
-            cached = system // 128 * 128 if system >= 1024 and question.system in self._systems else 0
-            self._systems.add(question.system)
-        usage = token_usage(system + estimate_tokens(question.text), estimate_tokens(content or refusal or ""), cached)
+            cached = tokens // 128 * 128 if tokens >= 1024 and system in self._systems else 0
+            self._systems.add(system)
+        usage = token_usage(prompt_tokens(asked, questions), estimate_tokens(content or refusal or ""), cached)
         return replace(completion(content, refusal=refusal, usage=usage), delay=self.latency)
 
-    def _count(self, request: Json, question: Question | None, reply: Reply) -> None:
-        key, text = (question.key, question.text) if question else ("", None)
-        digest, status = "" if text is None else _sha256(text), 0 if reply.close else reply.status
-        call = Call(key, digest, text if self.keep_texts else None, str(request.get("model", "")), time.time(), status)
+    def _count(self, request: Json, questions: list[Question], reply: Reply, asked: Asked) -> Reply:
+        key, texts = questions[0].key if questions else "", tuple(each.text for each in questions)
+        kept, model = texts if self.keep_texts else (), str(request.get("model", ""))
+        status = 0 if reply.close else reply.status
+        call = Call(key, tuple(map(_sha256, texts)), kept, model, time.time(), status, asked)
         usage = reply.body.get("usage") or {} if isinstance(reply.body, dict) else {}
         with self._lock:
             self._calls.append(call)
             self._tokens.update({name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")})
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report what went wrong, but not that a client hung up."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
+        return reply
 
 
-def _read(raw: bytes) -> tuple[Json, Question | None]:
-    request = None
+def _models(_: Request) -> Reply:
+    return Reply(body={"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}]})
+
+
+def _read(request: Json) -> list[Question]:
+    """Return a request's questions, none if it is not of the tagger's form."""
     try:
-        request = json.loads(raw)
-        return request, read_question(request)
+        return read_questions(request)
     except (AttributeError, LookupError, TypeError, ValueError):
-        return request if isinstance(request, dict) else {}, None
+        return []
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: StandIn
-
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            models = [{"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}]
-            self._send(self.server.check_key(self._key()) or Reply(body={"object": "list", "data": models}))
-        else:
-            self._send(Reply(body=self.server.stats()) if self.path == "/stats" else error(404, "Unknown request URL."))
-
-    def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        # Without a length nobody knows where the next request begins.
-        self.close_connection = self.close_connection or not length.isdecimal()
-        body = self.rfile.read(int(length)) if length.isdecimal() else b""
-        known = self.path == "/v1/chat/completions"
-        self._send(self.server.chat(body, self._key()) if known else error(404, "Unknown request URL."))
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _key(self) -> str:
-        return self.headers.get("Authorization", "").removeprefix("Bearer ")
-
-    def _send(self, reply: Reply) -> None:
-        if reply.close or self.server.closed.is_set():
-            self.close_connection = True
-            return
-        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body or {}).encode()
-        headers = {"Content-Type": "application/json", **reply.headers, "Content-Length": str(len(body))}
-        headers |= {"Connection": "close"} if self.close_connection else {}
-        lines = [f"HTTP/1.1 {reply.status} {responses.get(reply.status, '')}", *map(": ".join, headers.items()), "", ""]
-        self.wfile.write("\r\n".join(lines).encode("latin-1") + body)
+def _sha256(text: str) -> str:
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -387,9 +339,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument("--port-file", type=Path, metavar="FILE", help="gets the port once the server listens")
     parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS", help="before each answer")
-    for rate in ("--rate-429", "--rate-500", "--refusals"):
+    for rate in ("--rate-429", "--rate-500", "--refusals", "--batch-errors"):
         parser.add_argument(rate, type=float, default=0.0, metavar="F", help="a fraction from 0 to 1")
     parser.add_argument("--retry-after", type=float, metavar="SECONDS", help="sent with each 429")
+    parser.add_argument("--batch-delay", type=float, default=0.0, metavar="SECONDS", help="that a batch takes")
+    parser.add_argument("--no-batches", action="store_false", dest="batches", help="know no files and no batches")
     parser.add_argument("--api-key", metavar="KEY", help="the only one accepted; default: any")
     parser.add_argument("--seed", type=int, default=0, help="of the draws behind the fractions")
     return parser

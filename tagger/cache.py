@@ -14,7 +14,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tagger.exceptions import InputError, StorageError, Unreachable
 from tagger.storage import Storage
@@ -57,6 +57,27 @@ class Usage(BaseModel):
         )
 
 
+class Chars(BaseModel):
+    """A text's length by script: Japanese has about one token a character, English one in four."""
+
+    model_config = ConfigDict(frozen=True)
+
+    narrow: int = Field(default=0, ge=0)
+    wide: int = Field(default=0, ge=0)
+    """Characters that take three bytes in UTF-8; those that take two are half of each kind."""
+
+    @classmethod
+    def of(cls, text: str) -> "Chars":
+        """Return the length of a text."""
+        wide = min((len(text.encode(errors="replace")) - len(text)) // 2, len(text))
+        return cls(narrow=len(text) - wide, wide=wide)
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens they are."""
+        return self.wide + self.narrow // 4
+
+
 class Record(BaseModel):
     """One text's answer. `usage` and `cost_usd` cover all calls that led to it; a cost of None is unknown."""
 
@@ -70,7 +91,9 @@ class Record(BaseModel):
     usage: Usage
     cost_usd: float | None
     finish_reason: str
-    asked: Literal["online", "batch"] = "online"
+    asked: Literal["online", "batch", "together"] = "online"
+    chars: Chars | None = None
+    """Length of the text; None in records of before it was kept."""
     created_at: datetime
 
     def to_bytes(self) -> bytes:
@@ -226,10 +249,12 @@ class Cache:
         self._storage.delete(self.path(key))
         self._complete.discard(key)
 
+    def sample(self, most: int) -> list[Record]:
+        """Return up to `most` records of this spec, drawn at random: a listing goes by hashes."""
+        paths = (path for path, size in self._storage.list(self._prefix) if size >= SMALLEST_RECORD)
+        return list(self.read_many(path[-37:-5] for path in islice(paths, most)).values())
+
     def mean_cost(self, sample: int = 20) -> float | None:
         """Return the mean cost of a record of this spec in USD, from `sample` records; None where it is unknown."""
-        paths = [path for path, size in islice(self._storage.list(self._prefix), 1000) if size >= SMALLEST_RECORD]
-        step = max(1, len(paths) // sample)
-        records = self.read_many(path[-37:-5] for path in paths[::step][:sample])
-        costs = [record.cost_usd for record in records.values() if record.cost_usd is not None]
+        costs = [record.cost_usd for record in self.sample(sample) if record.cost_usd is not None]
         return sum(costs) / len(costs) if costs else None

@@ -1,9 +1,10 @@
 """The console script `tagger`: the steps of a run by hand, with the same functions that the DAG calls."""
 
 import argparse
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -59,12 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     tag.add_argument("--shard", type=int, metavar="K")
     load = add("load", _load, "write the tags into the target table")
     run = add("run", _run, "all steps in this process")
-    report = add("report", _report, "sum a run up; without a run id: show the latest")
+    report = add("report", _report, "sum a run up; without a run id: show the latest one, and what all did and cost")
     for sub in (snapshot, plan, tag, load, run):
         sub.add_argument("dataset", metavar="DATASET")
         sub.add_argument("--run-id", metavar="ID", required=sub is not run)
     report.add_argument("dataset", nargs="?", metavar="DATASET", help="default: all of the folder")
-    report.add_argument("--run-id", metavar="ID")
+    shown = report.add_mutually_exclusive_group()
+    shown.add_argument("--run-id", metavar="ID")
+    shown.add_argument("--by", choices=["day", "month"], help="show the history only, all of it")
     for sub in (snapshot, run):
         rows = sub.add_mutually_exclusive_group()
         rows.add_argument("--day", type=_day, metavar="YYYY-MM-DD", help="the rows changed on this day")
@@ -73,8 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dry-run", action="store_true", help="plan and estimate only; nothing is written")
         sub.add_argument("--retry-refused", action="store_true", help="ask for refused texts again")
         sub.add_argument("--max-cost-usd", type=float, metavar="USD", help="instead of the file's limit")
-    for sub in (run, report):
-        sub.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
+    form = report.add_mutually_exclusive_group()
+    for either in (run, form):
+        either.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
+    form.add_argument("--csv", action="store_true", help="with --by, which --json goes with too: print the history so")
     return parser
 
 
@@ -148,8 +153,16 @@ def _tag(options: argparse.Namespace, connections: Connections) -> None:
 
     run = _open(options, connections)
     shards = [options.shard] if options.shard is not None else [shard.shard for shard in run.plan().shards]
+    _wait_for_batches(run, shards, connections)
     for number in shards:
         tag(run, number, connections, alone=options.shard is None)
+
+
+def _wait_for_batches(run: Any, shards: list[int], connections: Connections) -> None:
+    if run.dataset().llm.mode == "batch" and shards:
+        from tagger.batch import wait_for_shards
+
+        wait_for_shards(run, shards, connections)
 
 
 def _load(options: argparse.Namespace, connections: Connections) -> None:
@@ -170,15 +183,20 @@ def _run(options: argparse.Namespace, connections: Connections) -> None:
     _snapshot(options, connections)
     run = _open(options, connections)
     planned = plan(run, connections)
+    if planned.pending:
+        from tagger.batch import wait_for_others
+
+        wait_for_others(run, planned.spec_id, connections)
+        planned = plan(run, connections)
     broken: TaggerError | None = None
-    for shard in planned.shards:
-        try:
+    try:
+        _wait_for_batches(run, [shard.shard for shard in planned.shards], connections)
+        for shard in planned.shards:
             tag(run, shard.shard, connections, alone=True)
-        except Terminated:
-            raise
-        except TaggerError as e:
-            broken = broken or e
-            break
+    except Terminated:
+        raise
+    except TaggerError as e:
+        broken = e
     try:
         load_back(run, connections)
     except TaggerError as e:
@@ -202,29 +220,68 @@ def _print_summary(run: Any) -> None:
 
 
 def _report(options: argparse.Namespace, connections: Connections) -> None:
-    from tagger.report import describe, report, summaries
-    from tagger.storage import Storage
+    from tagger.report import report
 
-    if options.run_id is not None:
-        if options.dataset is None:
-            raise InputError("`--run-id` needs a DATASET")
-        run = _open(options, connections)
-        try:
-            report(run)
-        finally:
-            if options.json:
-                _print_summary(run)
+    if options.csv and options.by is None:
+        raise InputError("`--csv` needs `--by day` or `--by month`")
+    if options.run_id is None:
+        show = _show_latest if options.by is None else _show_history
+        show(options, connections)
         return
-    for path in _paths([options.dataset] if options.dataset else []):
-        dataset = load_dataset(path)
-        storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections)
-        found = summaries(storage, dataset.dataset)
+    if options.dataset is None:
+        raise InputError("`--run-id` needs a DATASET")
+    run = _open(options, connections)
+    try:
+        report(run)
+    finally:
+        if options.json:
+            _print_summary(run)
+
+
+def _show_latest(options: argparse.Namespace, connections: Connections) -> None:
+    """Show the latest run of each dataset, and where one is named its history too."""
+    from tagger.history import DAYS_SHOWN, as_table, history, read_entries
+    from tagger.report import describe, summaries
+
+    for dataset, runs in _runs(options, connections):
+        found = summaries(runs)
         if not found:
-            print(f"{dataset.dataset}: no run yet", file=sys.stderr)
+            print(f"{dataset.dataset}: no {'finished run' if runs else 'run'} yet", file=sys.stderr)
         elif options.json:
             print(found[-1].model_dump_json())
         else:
             print("\n".join(describe(found[-1])))
+        if options.dataset and not options.json and (entries := read_entries(runs, found)):
+            days = history(dataset, entries, "day")[-DAYS_SHOWN:]
+            print("", *as_table(days, "day"), "", *as_table(history(dataset, entries, "month"), "month"), sep="\n")
+
+
+def _show_history(options: argparse.Namespace, connections: Connections) -> None:
+    """Show the days, or the months, of each dataset."""
+    from tagger.history import as_csv, as_rows, as_table, history, read_entries
+    from tagger.report import summaries
+
+    periods = []
+    for dataset, runs in _runs(options, connections):
+        if not runs:
+            print(f"{dataset.dataset}: no run yet", file=sys.stderr)
+        periods += history(dataset, read_entries(runs, summaries(runs)), options.by)
+    if options.json:
+        print(json.dumps(as_rows(periods, options.by)))
+    elif options.csv:
+        print(as_csv(periods, options.by), end="")
+    elif periods:
+        print("\n".join(as_table(periods, options.by)))
+
+
+def _runs(options: argparse.Namespace, connections: Connections) -> Iterator[tuple[Dataset, list[Any]]]:
+    from tagger.spend import list_runs
+    from tagger.storage import Storage
+
+    for path in _paths([options.dataset] if options.dataset else []):
+        dataset = load_dataset(path)
+        storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections)
+        yield dataset, list_runs(storage, dataset.dataset)
 
 
 if __name__ == "__main__":

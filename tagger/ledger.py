@@ -86,6 +86,7 @@ class Attempt:
     ended_at: datetime
     file: pq.ParquetFile
     """A row per text, with the columns of `SCHEMA`; read in parts, for there may be a million."""
+    asked: Literal["online", "batch"] = "online"
 
     @property
     def outcomes(self) -> Iterator[Outcome]:
@@ -101,6 +102,13 @@ class Attempt:
         return values
 
 
+class BatchBooks(NamedTuple):
+    """The file that a batch's answers are booked in; its path is empty until it is made."""
+
+    path: str
+    started_at: datetime
+
+
 class Ledger:
     """The books of one attempt. Its methods may be called from many threads.
 
@@ -108,11 +116,15 @@ class Ledger:
     as `broken` with the reason if the block raises.
     """
 
-    def __init__(self, run: Run, plan_id: str, shard: int, price: Price | None) -> None:
+    def __init__(
+        self, run: Run, plan_id: str, shard: int, price: Price | None, batch: BatchBooks | None = None
+    ) -> None:
+        """Describe the attempt; with `batch` it is the one that its answers are booked in, however often."""
         self._run = run
         self._plan_id = plan_id
         self._shard = shard
         self._price = price
+        self._asked = "batch" if batch else "online"
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._open: dict[str, Outcome] = {}
@@ -120,20 +132,28 @@ class Ledger:
         self._ended: list[Outcome] = []
         self._written: list[pa.Table] = []
         self._counts: Counter[str] = Counter()
-        self._started_at = utc_now()
+        self._started_at = batch.started_at if batch else utc_now()
         self.spent_usd = 0.0
         """Cost of the attempt so far; unknown costs count as nothing."""
         self._closing = threading.Event()
         self._flusher = threading.Thread(target=self._flush_on, name="ledger", daemon=True)
-        self._path = ""
+        self._path = batch.path if batch else ""
 
     def __enter__(self) -> Self:
-        attempt = 1 + max((a for a, _ in attempt_files(self._run, self._shard)), default=0)
-        while not self._run.storage.create(path := _path(self._run, self._shard, attempt), self._body("running", None)):
-            attempt += 1
-        self._path = path
+        self.create()
         self._flusher.start()
         return self
+
+    def create(self) -> str:
+        """Make the file, under the next free number, unless it is made; return its path."""
+        if not self._path:
+            attempt = 1 + max((a for a, _ in attempt_files(self._run, self._shard)), default=0)
+            while not self._run.storage.create(
+                path := _path(self._run, self._shard, attempt), self._body("running", None)
+            ):
+                attempt += 1
+            self._path = path
+        return self._path
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self._closing.set()
@@ -155,13 +175,13 @@ class Ledger:
         except TaggerError as e:
             logger.warning("the books of this attempt could not be closed: %s", e)
 
-    def spend(self, key: str, row_id: str, usage: Usage) -> None:
-        """Count one HTTP request for a text."""
+    def spend(self, key: str, row_id: str, usage: Usage, requests: int = 1) -> None:
+        """Count an HTTP request for a text; or its part in one (`requests=0`) that is counted for another text."""
         with self._lock:
             outcome = self._outcome(key, row_id)
             total = self._usage.get(key, Usage()) + usage
             self._usage[key] = total
-            outcome.requests += 1
+            outcome.requests += requests
             outcome.input_tokens = total.input
             outcome.cached_input_tokens = total.cached_input
             outcome.output_tokens = total.output
@@ -227,6 +247,7 @@ class Ledger:
             "reason": reason,
             "started_at": self._started_at.isoformat(),
             "ended_at": utc_now().isoformat(),
+            "asked": self._asked,
         }
         table = pa.concat_tables([*self._written, pa.Table.from_pylist(still_open, schema=SCHEMA)])
         body = io.BytesIO()
@@ -271,6 +292,7 @@ def _read(run: Run, path: str) -> Attempt:
             reason=about["reason"],
             started_at=datetime.fromisoformat(about["started_at"]),
             ended_at=datetime.fromisoformat(about["ended_at"]),
+            asked=about.get("asked", "online"),
             file=file,
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):

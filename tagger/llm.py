@@ -1,4 +1,4 @@
-"""The LLM client: one text in, one answer out, over the chat completions API that most servers speak.
+"""The LLM client: texts in, answers out, over the chat completions API that most servers speak.
 
 It owns the retries of a call: the SDK's are off, and luigi and gokart do not repeat a task. A failure writes nothing,
 so that the next run asks again; an answer that would come back the same is recorded as refused.
@@ -8,10 +8,9 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -20,7 +19,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
-from tagger.prompt import BadAnswer, messages, read_answer, response_format
+from tagger.prompt import BadAnswer, messages, messages_together, read_answer, read_answers
+from tagger.request import request_options
 from tagger.throttle import GIVE_UP_SECONDS, Throttle
 
 TRIES = 6
@@ -52,6 +52,27 @@ class Answer:
     reason: str | None
     model: str
     finish_reason: str
+    asked: Literal["online", "together"] = "online"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What one request asks, and whom to tell what it used."""
+
+    messages: list[dict[str, str]]
+    options: dict[str, Any]
+    texts: int
+    spend: Callable[[Usage], None]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the endpoint answered. `reason` tells why it refuses."""
+
+    model: str
+    finish_reason: str
+    reason: str | None
+    content: object
 
 
 class _Again(Exception):
@@ -77,14 +98,15 @@ class Client:
     """Asks the LLM of a dataset. Its methods may be called from many threads.
 
     `spend` is called once for every HTTP request, with its usage (zero where the server told none), before the answer
-    is looked at: money is counted even where the answer is of no use.
+    is looked at: money is counted even where the answer is of no use. The call counts as in flight until then.
     """
 
     def __init__(self, dataset: Dataset, client: openai.OpenAI, throttle: Throttle) -> None:
         self._dataset = dataset
         self._client = client
         self._throttle = throttle
-        self._params = _request_options(client, {"response_format": response_format(dataset), **dataset.llm.params})
+        self._options = request_options(client, dataset)
+        self._options_together = request_options(client, dataset, together=True)
         # one for all: to make and drop its thread-local state for each call costs a tenth of the CPU
         self._retrying = Retrying(
             retry=retry_if_exception_type(_Again),
@@ -94,7 +116,7 @@ class Client:
             reraise=True,
         )
         self._answered = threading.Event()
-        self._tokens = self._calls = 0
+        self._used: dict[int, tuple[int, int]] = {}
         self.stopped_by: LLMStopped | None = None
 
     def close(self) -> None:
@@ -109,65 +131,78 @@ class Client:
             LLMStopped: the endpoint refuses every call.
             Stopped: `stop` was called before an answer came.
         """
+        question = _Question(messages(self._dataset, key, text), self._options, 1, spend)
         for ask in range(1, ASKS + 1):
             try:
-                answer = self._read(self._complete(key, text, spend))
+                message = self._message(self._complete(question))
+                tags = [] if message.reason else read_answer(self._dataset, message.content)
             except _Refusal as e:
                 return Answer([], e.args[0], self._dataset.llm.model, "error")
             except BadAnswer as e:
                 if ask == ASKS:
                     raise TextFailed("bad_answer", f"{e.args[0]} (asked {ASKS} times)") from None
                 continue
-            if answer.reason != "length" or ask == ASKS:
-                return answer
+            if message.reason != "length" or ask == ASKS:
+                return Answer(tags, message.reason, message.model, message.finish_reason)
         raise AssertionError
 
-    def _read(self, completion: ChatCompletion) -> Answer:
-        model = completion.model or self._dataset.llm.model
-        if model == STAND_IN_MODEL != self._dataset.llm.model:
+    def ask_together(self, texts: Mapping[str, str], spend: Callable[[Usage], None]) -> dict[str, Answer]:
+        """Ask for the tags of several texts, given by key, in one request; return the answers by key.
+
+        Texts left out are to be asked alone: their answer is missing or of no use, or one of them may be why the
+        endpoint refuses the whole request.
+
+        Raises:
+            TextFailed: no answer came, after all tries; each of the texts has failed.
+            LLMStopped: the endpoint refuses every call.
+            Stopped: `stop` was called before an answer came.
+        """
+        question = _Question(messages_together(self._dataset, texts), self._options_together, len(texts), spend)
+        try:
+            message = self._message(self._complete(question))
+            tags = {} if message.reason else read_answers(self._dataset, message.content, texts)
+        except (_Refusal, BadAnswer):
+            return {}
+        except TextFailed as e:
+            if e.kind in ("rejected", "bad_response"):
+                return {}
+            raise
+        return {
+            key: Answer(of_text, None, message.model, message.finish_reason, "together")
+            for key, of_text in tags.items()
+        }
+
+    def _message(self, completion: ChatCompletion) -> Message:
+        if completion.model == STAND_IN_MODEL != self._dataset.llm.model:
             raise self._refused(
                 f"the endpoint is the offline stand-in, which is no LLM, but `llm.model` is "
                 f"{self._dataset.llm.model!r}: nothing was recorded; set `llm.model: {STAND_IN_MODEL}` to play with it"
             )
         self._answered.set()
-        try:
-            choice = completion.choices[0]
-            finish: str = choice.finish_reason or "unknown"
-            refusal, content = choice.message.refusal, choice.message.content
-        except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses
-            raise BadAnswer("no message") from None
-        reason = None
-        if refusal or finish == "refusal":
-            reason = "refusal"
-        elif finish in ("length", "content_filter"):
-            reason = finish
-        tags = [] if reason else read_answer(self._dataset, content)
-        return Answer(tags, reason, model, finish)
+        return message_of(self._dataset, completion)
 
-    def _complete(self, key: str, text: str, spend: Callable[[Usage], None]) -> ChatCompletion:
+    def _complete(self, question: _Question) -> ChatCompletion:
         """Make one call, repeated while that is of use."""
         try:
-            return self._retrying(self._try, key, text, spend)
+            return self._retrying(self._try, question)
         except _Again as e:
             kind, message = e.failed.kind, str(e.failed)
         if kind == "connection" and not self._answered.is_set():
             raise self._refused(f"{self._endpoint()} does not answer: {message}", LLMUnreachable)
         raise TextFailed(kind, message)
 
-    def _try(self, key: str, text: str, spend: Callable[[Usage], None]) -> ChatCompletion:
-        prompt = messages(self._dataset, key, text)
+    def _try(self, question: _Question) -> ChatCompletion:
         while True:
-            tokens = self._expected_tokens(prompt)
+            tokens = self._expected_tokens(question)
             if self.stopped_by is not None:
                 raise self.stopped_by
             with self._throttle.call(tokens) as started:
-                result = self._request(prompt)
+                result = self._request(question)
+                usage = usage_of(result) if isinstance(result, ChatCompletion) else Usage()
+                question.spend(usage)  # while it still holds up the next call, which there may be no money for
             if isinstance(result, ChatCompletion):
-                usage = _usage(result)
-                spend(usage)
-                self._throttle.answered(self._more_than(tokens, usage.input + usage.output))
+                self._throttle.answered(self._more_than(tokens, usage.input + usage.output, question.texts))
                 return result
-            spend(Usage())
             if not isinstance(result, _SlowDown):
                 if not isinstance(result, _Again):
                     self._throttle.answered(0)
@@ -178,7 +213,7 @@ class Client:
                 minutes = GIVE_UP_SECONDS / 60
                 raise self._refused(f"{self._endpoint()} has answered HTTP 429 to every call for {minutes:.0f} minutes")
 
-    def _request(self, prompt: list[dict[str, str]]) -> ChatCompletion | Exception:
+    def _request(self, question: _Question) -> ChatCompletion | Exception:
         """Make one HTTP request; return the error that it ends with.
 
         No error of the SDK leaves it, not even as the context of one of ours: it may quote the text.
@@ -186,8 +221,8 @@ class Client:
         try:
             completion = self._client.chat.completions.create(
                 model=self._dataset.llm.model,
-                messages=prompt,  # type: ignore[arg-type]
-                **self._params,
+                messages=question.messages,  # type: ignore[arg-type]
+                **question.options,
             )
         except openai.APIStatusError as e:
             return self._error_of(e)
@@ -201,56 +236,56 @@ class Client:
             return completion
         return TextFailed("bad_response", "the server's answer is no chat completion")
 
-    def _more_than(self, expected: float, tokens: int) -> float:
+    def _more_than(self, expected: float, tokens: int, texts: int) -> float:
         """Return how many tokens more than expected a call took; nothing where the endpoint does not tell."""
         if not tokens:
             return 0.0
-        self._tokens, self._calls = self._tokens + tokens, self._calls + 1
+        before, calls = self._used.get(texts, (0, 0))
+        self._used[texts] = before + tokens, calls + 1
         return tokens - expected
 
-    def _expected_tokens(self, prompt: list[dict[str, str]]) -> float:
-        """Return what a call will take: the mean of those before, or for the first ones a guess by their length."""
-        if self._calls:
-            return self._tokens / self._calls
-        return 50 + sum(len(message["content"].encode(errors="replace")) for message in prompt) / 3
+    def _expected_tokens(self, question: _Question) -> float:
+        """Return what a call will take: the mean of those before of so many texts, or a guess by its length."""
+        if question.texts in self._used:
+            tokens, calls = self._used[question.texts]
+            return tokens / calls
+        return 50 + sum(len(message["content"].encode(errors="replace")) for message in question.messages) / 3
 
     def _error_of(self, error: openai.APIStatusError) -> Exception:
         """Return what an HTTP error means for this text, or for all of them. The server's words are not kept."""
         status, code, param = error.status_code, str(error.code or ""), str(error.param or "")
         words = f"{code} {error.message}".lower()
         if status in (401, 403):
-            return self._refused(f"{self._endpoint()} refuses the API key (HTTP {status}{_paren(code)})")
+            return self._refused(f"{self._endpoint()} refuses the API key (HTTP {status}{paren(code)})")
         if status == 404:
             return self._refused(
                 f"{self._endpoint()} does not know the model {self._dataset.llm.model!r} or has no chat completions "
-                f"(HTTP 404{_paren(code)})"
+                f"(HTTP 404{paren(code)})"
             )
         if status == 429 and ("insufficient_quota" in words or "billing" in words):
-            return self._refused(f"{self._endpoint()}: the account's quota is exhausted (HTTP 429{_paren(code)})")
+            return self._refused(f"{self._endpoint()}: the account's quota is exhausted (HTTP 429{paren(code)})")
         if status == 429:
             return _SlowDown(_retry_after(error))
         if status in (408, 409) or status >= 500:
             return _Again(TextFailed("server_error", f"HTTP {status} after {TRIES} tries"), _retry_after(error))
         if status in (400, 413, 422):
-            if status == 413 or any(w in words for w in ("context_length", "maximum context", "context size")):
-                return _Refusal("context_length")
-            if "content_filter" in words or "content management policy" in words:
-                return _Refusal("content_filter")
+            if reason := refusal_of(status, words):
+                return _Refusal(reason)
             if "response_format" in param or "json_schema" in words or "response_format" in words:
                 return self._refused(
-                    f"{self._endpoint()} does not take the answer's schema (HTTP {status}{_paren(code)}): {SCHEMA_HINT}"
+                    f"{self._endpoint()} does not take the answer's schema (HTTP {status}{paren(code)}): {SCHEMA_HINT}"
                 )
             if param == "model" or code == "model_not_found":
                 return self._refused(
                     f"{self._endpoint()} does not know the model {self._dataset.llm.model!r} (HTTP {status})"
                 )
-            if code in ("unsupported_parameter", "unsupported_value", "unknown_parameter") or param in self._params:
+            if code in ("unsupported_parameter", "unsupported_value", "unknown_parameter") or param in self._options:
                 named = f" `{param}`" if _is_plain(param) else ""
                 return self._refused(
-                    f"{self._endpoint()} does not take a request parameter{named} (HTTP {status}{_paren(code)}): "
+                    f"{self._endpoint()} does not take a request parameter{named} (HTTP {status}{paren(code)}): "
                     "see `llm.params` in the dataset file"
                 )
-        return TextFailed("rejected", f"HTTP {status}{_paren(code)}")
+        return TextFailed("rejected", f"HTTP {status}{paren(code)}")
 
     def _refused(self, message: str, error: type[LLMStopped] = LLMStopped) -> LLMStopped:
         if self.stopped_by is None:
@@ -298,7 +333,40 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
         return None
 
 
-def _usage(completion: ChatCompletion) -> Usage:
+def refusal_of(status: int, words: str) -> str | None:
+    """Return why a request was refused that would be refused again; None of any other error.
+
+    `words` are the server's code and message, in lower case.
+    """
+    if status == 413 or any(w in words for w in ("context_length", "maximum context", "context size")):
+        return "context_length"
+    if "content_filter" in words or "content management policy" in words:
+        return "content_filter"
+    return None
+
+
+def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
+    """Return what a completion says.
+
+    Raises:
+        BadAnswer: it has no message.
+    """
+    try:
+        choice = completion.choices[0]
+        finish: str = choice.finish_reason or "unknown"
+        refusal, content = choice.message.refusal, choice.message.content
+    except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses
+        raise BadAnswer("no message") from None
+    reason = None
+    if refusal or finish == "refusal":
+        reason = "refusal"
+    elif finish in ("length", "content_filter"):
+        reason = finish
+    return Message(completion.model or dataset.llm.model, finish, reason, content)
+
+
+def usage_of(completion: ChatCompletion) -> Usage:
+    """Return what a completion used; nothing where the server does not tell."""
     try:
         usage = completion.usage
         if usage is None:
@@ -309,21 +377,11 @@ def _usage(completion: ChatCompletion) -> Usage:
         return Usage()
 
 
-def _request_options(client: openai.OpenAI, params: dict[str, Any]) -> dict[str, Any]:
-    """Return the request's parameters as the SDK takes them: those it does not know go into the body as they are.
-
-    So does the answer's schema, which the SDK would go through value by value in each call.
-    """
-    known = signature(client.chat.completions.create).parameters.keys() - {"response_format"}
-    options = {k: v for k, v in params.items() if k in known}
-    own = {k: v for k, v in params.items() if k not in known}
-    return {**options, "extra_body": {**own, **options.get("extra_body", {})}}
-
-
 def _is_plain(word: str) -> bool:
     """Whether a word of the server's is a name and nothing else: it may quote the text."""
     return re.fullmatch(r"[A-Za-z0-9_.]{1,40}", word) is not None
 
 
-def _paren(code: str) -> str:
+def paren(code: str) -> str:
+    """Return an error's code as it goes behind a status, where it is one."""
     return f", {code}" if _is_plain(code) else ""

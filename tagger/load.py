@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from tagger.batches import Batches
 from tagger.cache import Cache, Record
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
@@ -51,6 +52,9 @@ class Answer(NamedTuple):
 BLANK = Answer("blank")
 CACHED = Answer("cached", answered=True)
 SKIPPED = Answer("skipped", error="not asked yet; the next run asks")
+DEFERRED = Answer("deferred")
+"""Left to a later run by the rollout of a new spec: the row stays as it is."""
+PENDING = Answer("pending", error="in a batch that has not ended; a later run takes its answer")
 DAMAGED = Answer("failed", error="the cache record was damaged; the next run tags the text again")
 
 
@@ -83,7 +87,7 @@ def load_back(run: Run, connections: Connections) -> Loaded:
             written = loading.write()
             deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
             tags = loading.tag_counts()
-    statuses = Counter(answer.status for answer in answers.values())
+    statuses = Counter("skipped" if answer is DEFERRED else answer.status for answer in answers.values())
     counts = {status: statuses[status] for status in ("tagged", "refused", "failed", "skipped", "pending")}
     loaded = Loaded(
         written=written,
@@ -110,7 +114,7 @@ def _nothing_loaded(run: Run, planned: Plan) -> Loaded:
         refused=0,
         failed=0,
         skipped=planned.new,
-        pending=0,
+        pending=planned.pending,
         damaged=0,
         tags={},
         seconds=0.0,
@@ -125,11 +129,16 @@ def _answers(run: Run, planned: Plan, cache: Cache) -> dict[str, Answer]:
     outcomes = latest_outcomes(a for a in read_attempts(run) if a.plan_id == planned.plan_id)
     answers: dict[str, Answer] = {}
     for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id)):
-        for key in batch.column("key").to_pylist():
-            answers[key] = _of_outcome(outcomes.pop(key, None))
+        # plans of before there were rollouts have no such column
+        deferred = batch.column("deferred").to_pylist() if "deferred" in batch.schema.names else [False] * len(batch)
+        for key, is_deferred in zip(batch.column("key").to_pylist(), deferred, strict=True):
+            answers[key] = DEFERRED if is_deferred else _of_outcome(outcomes.pop(key, None))
     unanswered = iter(cache.find(key for key, answer in answers.items() if not answer.answered))
     while keys := list(islice(unanswered, RECORDS_A_READ)):
         answers.update((key, _of_record(record)) for key, record in cache.read_many(keys).items())
+    batches = Batches(run.storage, planned.spec_id)
+    pending = batches.keys(batches.unfinished())
+    answers.update((key, PENDING) for key in pending & answers.keys() if not answers[key].answered)
     return answers
 
 
@@ -242,7 +251,7 @@ class Loading:
                 sa.literal(self._taken.taken_at, target.c.snapshot_at.type),
                 sa.literal(self._run_id),
             )
-            .where(stage.c.status.not_in(("cached", "blank")))
+            .where(stage.c.status.not_in(("cached", "deferred", "blank")))
             .order_by(stage.c.row_id)
         )
         upsert = insert.from_select([column.name for column in target.columns], rows)

@@ -1,26 +1,30 @@
-"""The plan step: which of the snapshot's texts are new, spread over shards for the tag step."""
+"""The plan step: which of the snapshot's texts are new, and why, what they will cost, and which shard asks them."""
 
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
+from tagger.batches import Batches
+from tagger.budget import Budget, budget_of, check_price
 from tagger.cache import Cache, Usage
+from tagger.changes import OlderSpec, Why, frozen_dataset, newest, spec_change, target_rows, why_new
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
-from tagger.exceptions import InputError
-from tagger.price import ANSWER_TOKENS, cost_usd, estimated_tokens, price_of, usd
-from tagger.prompt import instructions
+from tagger.estimate import LEAST_SAMPLE, Lengths, estimate, sample_size
+from tagger.exceptions import InputError, RunFailed, StorageError
+from tagger.price import cost_usd, price_of, usd
 from tagger.runs import (
-    WAVE_CHARS,
-    WAVE_TEXTS,
+    Estimate,
+    File,
     ParquetFile,
     Plan,
     Run,
@@ -29,26 +33,22 @@ from tagger.runs import (
     new_keys_path,
     opened_parquet,
     rows_path,
-    shard_path,
     utc_now,
     writing_parquet,
 )
+from tagger.shards import NewTexts, write_shards
 from tagger.spec import normalise, spec_id, text_key
 from tagger.tables import connecting, existing_target
 
 logger = logging.getLogger(__name__)
 
-NEW_KEYS_SCHEMA = pa.schema([("key", pa.string())])
-SHARD_SCHEMA = pa.schema([("key", pa.string()), ("row_id", pa.string()), ("text", pa.string())])
-
+NEW_KEYS_SCHEMA = pa.schema([("key", pa.string()), ("deferred", pa.bool_())])
+"""`deferred` texts are new by the spec alone and wait for a later run; their rows in the target stay as they are."""
 
 WITHOUT_LOCK = "without `lock`, two runs or machines that ask the same text at the same time may both pay for it"
 
 RECORDS_A_READ = 5000
 """Records fetched at once where refused texts are looked for."""
-
-BUFFERED_CHARS = 64_000_000
-"""Of the waves of all shards that are being filled: what bounds the memory where texts are long."""
 
 
 @dataclass
@@ -62,41 +62,60 @@ class Texts:
     """Keys of the texts that are too long in all their rows, with one of these."""
 
 
+class Pace(File):
+    """The part of `summary.json` that tells how fast a run was."""
+
+    llm_requests: int
+    seconds: dict[str, float]
+
+
 def plan(run: Run, connections: Connections) -> Plan:
     """Find out which texts of the snapshot the cache lacks, and write them out by shard.
 
     Raises:
         InputError: the run has no snapshot, or a budget is set and the price is not known.
+        RunFailed: the new texts would cost more than the budget leaves; none is asked.
     """
     clock = time.monotonic()
     dataset, taken = run.dataset(), run.snapshot()
-    _check_budget(dataset)
+    options = taken.options
+    check_price(dataset)
     run.forget("plan.json", "load.json", "summary.json")
     plan_id, spec = uuid.uuid4().hex[:8], spec_id(dataset)
     cache = Cache(run.storage, spec, dataset.llm.model)
-    with opened_parquet(run.storage, taken.rows_file) as snapshot:
+    refused, deferred, shards = set[str](), set[str](), list[Shard]()
+    why: dict[str, Why] = {}
+    fastest = None
+    with opened_parquet(run.storage, taken.rows_file) as snapshot, ExitStack() as stack:
         with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
             texts = _write_rows(snapshot, parquet, spec, dataset.source.max_chars)
+        waiting = _unfinished_batches(run, spec, connections)
         new = cache.missing(texts.keys)
-        refused = set[str]()
-        if taken.options.retry_refused:
+        pending = waiting & new
+        if options.retry_refused:
             refused = _refused(cache, texts.keys - new, dataset, taken, connections)
             new |= refused
-        with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
-            parquet.write({"key": list(new)})
         cached = len(texts.keys) - len(new)
-        asked = NewTexts(snapshot, new, taken.options.limit)
-        shards: list[Shard] = []
-        if new:
-            with opened_parquet(run.storage, rows_path(run, plan_id)) as rows:
-                if taken.options.dry_run:
-                    asked.count(rows)
-                else:
-                    shards = _write_shards(run, asked, rows, dataset, plan_id)
-    if not taken.options.dry_run:
-        for key in refused - asked.left:  # what has a record is not asked
-            cache.remove(key)
-    target_rows, older_rows, older_texts = _target_state(dataset, taken, spec, connections)
+        new -= pending
+        with target_rows(dataset, taken.id_type, connections) as target:
+            target_count, older = (target.count(), target.older_specs(spec)) if target else (0, [])
+            if new:
+                rows = stack.enter_context(opened_parquet(run.storage, rows_path(run, plan_id)))
+                why = why_new(new, refused, rows, snapshot, target) if target else dict.fromkeys(new, Why.NEW_TEXT)
+                deferred = _deferred(taken, why, rows)
+                fastest = target.largest_run(spec) if target else None
+        with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
+            keys = [*new, *pending]
+            parquet.write({"key": keys, "deferred": [key in deferred for key in keys]})
+        new -= deferred
+        asked = NewTexts(snapshot, new, options.limit, Lengths(dataset.llm))
+        if asked.size and options.dry_run:
+            asked.count(rows)
+        elif asked.size:
+            shards = write_shards(run, plan_id, asked, rows, dataset.shards)
+    expected = _estimate(run, dataset, cache, asked.lengths, fastest)
+    budget = budget_of(run, dataset) if asked.size else Budget(dataset.limits.max_cost_usd)
+    before = frozen_dataset(run, older[0]) if older else None
     planned = Plan(
         plan_id=plan_id,
         spec_id=spec,
@@ -106,59 +125,118 @@ def plan(run: Run, connections: Connections) -> Plan:
         cached=cached,
         too_long=len(texts.too_long),
         too_long_row=next(iter(texts.too_long.values()), None),
-        new=len(texts.keys) - cached,
+        new=len(texts.keys) - cached - len(pending),
+        pending=len(pending),
         asked_again=len(refused),
-        estimated_usd=_estimate(dataset, cache, asked),
+        why=dict(Counter(reason.words for reason in why.values()).most_common()),
+        deferred=len(deferred),
+        estimate=expected,
+        estimated_usd=expected.usd,
+        budget_usd=budget.total,
         shards=shards,
-        target_rows=target_rows,
-        older_spec_rows=older_rows,
-        older_spec_texts=older_texts,
+        target_rows=target_count,
+        older_spec_rows=sum(each.rows for each in older),
+        older_spec_texts=sum(each.texts for each in older),
+        spec_change=spec_change(older[0], before, dataset) if older else None,
+        older_spec_usd=_cost_of_older(run, dataset, cache, expected, older, before) if older else None,
         planned_at=utc_now(),
         seconds=time.monotonic() - clock,
     )
-    run.write("plan.json", planned)
     for line in describe(planned, dataset, taken):
         logger.info("plan: %s", line)
+    if problem := budget.problem(expected):
+        if not options.dry_run:
+            raise RunFailed(problem)
+        logger.info("plan: %s", problem)
+    if not options.dry_run:
+        for key in refused - asked.left:  # what has a record is not asked
+            cache.remove(key)
+    run.write("plan.json", planned)
     return planned
+
+
+def _unfinished_batches(run: Run, spec: str, connections: Connections) -> set[str]:
+    """Collect what has ended of the spec's batches; return the keys of the texts in the others."""
+    batches = Batches(run.storage, spec)
+    if not batches.unfinished():
+        return set()
+    from tagger.batch import settle  # imports the SDK
+
+    return batches.keys([batch for batch, _ in settle(run.storage, spec, connections)])
 
 
 def describe(planned: Plan, dataset: Dataset, taken: Snapshot) -> list[str]:
     """Return the plan in words."""
-    limit = taken.options.limit
-    lines = [
-        f"{planned.rows} rows ({planned.blank} more are blank), {planned.texts} distinct texts: "
-        f"{planned.cached} cached, {planned.new} new"
-        + (f", {planned.too_long} over {dataset.source.max_chars} characters" if planned.too_long else "")
-        + f"; {len(planned.shards)} shards; spec {planned.spec_id}"
+    return [
+        f"{planned.rows:,} rows ({planned.blank:,} more are blank), {planned.texts:,} distinct texts: "
+        f"{planned.cached:,} cached, {planned.new:,} new"
+        + (f", {planned.pending:,} in batches that have not ended" if planned.pending else "")
+        + (f", {planned.too_long:,} over {dataset.source.max_chars} characters" if planned.too_long else "")
+        + f"; {len(planned.shards)} shards; spec {planned.spec_id}",
+        *_new_in_words(planned, taken),
+        *_estimate_in_words(planned.estimate, dataset),
+        *(["dry run: no text is asked, nothing is written to the target"] if taken.options.dry_run else []),
+        *_older_in_words(planned, taken),
+        *([WITHOUT_LOCK] if planned.shards and dataset.lock is None else []),
     ]
-    if planned.asked_again:
-        lines.append(f"{planned.asked_again} of the new texts were refused before (`retry_refused`)")
-    if limit is not None and limit < planned.new:
-        lines.append(f"only the first {limit} new texts are asked (`limit`); the others are skipped until the next run")
-    if planned.new:
-        lines.append(f"estimated cost: {usd(planned.estimated_usd)}")
-    if taken.options.dry_run:
-        lines.append("dry run: no text is asked, nothing is written to the target")
-    if planned.older_spec_rows:
-        takes_all = taken.selection.rows == "all"
-        lines.append(
-            f"the prompt, the tags or the model changed, which makes {planned.older_spec_texts} texts new: "
-            f"{planned.older_spec_rows} of {planned.target_rows} rows of the target hold another spec; "
-            + ("this run takes them all" if takes_all else "`--all` (`rows: all`) would tag them all again")
-        )
-    if planned.shards and dataset.lock is None:
-        lines.append(WITHOUT_LOCK)
-    return lines
 
 
-def _check_budget(dataset: Dataset) -> None:
+def _new_in_words(planned: Plan, taken: Snapshot) -> Iterator[str]:
+    if planned.why:
+        yield "why new: " + ", ".join(f"{count:,} {words}" for words, count in planned.why.items())
+    if planned.deferred:
+        yield f"{planned.deferred:,} texts that only the new spec makes new wait for later runs (`rollout`)"
+    limit = taken.options.limit
+    if limit is not None and limit < planned.new - planned.deferred:
+        yield f"only the first {limit:,} new texts are asked (`limit`); the others are skipped until the next run"
+
+
+def _estimate_in_words(expected: Estimate | None, dataset: Dataset) -> Iterator[str]:
+    if expected is None or not expected.texts:
+        return
+    by = {
+        "records": "by what records of this spec used",
+        "lengths": "a guess by the texts' lengths, for the spec has no records yet",
+    }
+    yield (
+        f"estimated tokens: {expected.input_tokens:,} in ({expected.cached_input_tokens:,} cached by the endpoint), "
+        f"{expected.output_tokens:,} out; {by[expected.basis]}"
+    )
+    if expected.usd is None:
+        yield f"estimated cost: unknown, for the price of `{dataset.llm.model}` is; `llm.price` sets it"
+    else:
+        yield f"estimated cost: {usd(expected.usd)} (from {usd(expected.low_usd)} to {usd(expected.high_usd)})"
     if dataset.llm.mode == "batch":
-        raise InputError("`llm.mode`: batch is not available in this version; set `mode: online`")
-    if dataset.limits.max_cost_usd is not None and price_of(dataset.llm) is None:
-        raise InputError(
-            f"`limits.max_cost_usd` is set, but the price of `{dataset.llm.model}` is not known: set `llm.price` "
-            "(0 for a local model), or `max_cost_usd: null`"
-        )
+        yield "time at the limits: up to 24 hours (Batch API)"
+    else:
+        yield f"time at the limits: {_duration(expected.seconds)}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown, for no rate is set and no run of this spec tells of one"
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.1f} {unit}"
+    return f"about {max(seconds, 1):.0f} seconds"
+
+
+def _older_in_words(planned: Plan, taken: Snapshot) -> Iterator[str]:
+    if not planned.older_spec_rows:
+        return
+    rollout = taken.selection.rollout
+    cost = "" if planned.older_spec_usd is None else f"about {usd(planned.older_spec_usd)}"
+    if rollout is not None:
+        left = planned.deferred if taken.selection.rows == "all" else max(planned.older_spec_rows - rollout, 0)
+        what = f"`rollout` tags {rollout:,} a run again, which takes {-(-left // rollout):,} more runs"
+        what += f" and {cost} in all" if cost else ""
+    elif taken.selection.rows == "all":
+        what = "this run takes them all"
+    else:
+        what = f"`rows: all` (--all) would cost {cost}" if cost else "`rows: all` (--all) would tag them all again"
+    yield (
+        f"{planned.spec_change}: {planned.older_spec_rows:,} of {planned.target_rows:,} rows hold an older spec; {what}"
+    )
 
 
 def _refused(cache: Cache, cached: set[str], dataset: Dataset, taken: Snapshot, connections: Connections) -> set[str]:
@@ -173,17 +251,6 @@ def _refused(cache: Cache, cached: set[str], dataset: Dataset, taken: Snapshot, 
     while part := list(islice(keys, RECORDS_A_READ)):
         refused.update(key for key, record in cache.read_many(part).items() if record.status == "refused")
     return refused
-
-
-def _estimate(dataset: Dataset, cache: Cache, asked: "NewTexts") -> float | None:
-    """Return about what the texts will cost: by the spec's records, or where there are none, by the texts' lengths."""
-    if not asked.texts:
-        return 0.0
-    mean = cache.mean_cost()
-    if mean is not None:
-        return mean * asked.texts
-    tokens = asked.tokens + asked.texts * estimated_tokens(instructions(dataset))
-    return cost_usd(Usage(input=tokens, output=ANSWER_TOKENS * asked.texts), price_of(dataset.llm))
 
 
 def _rows_schema(taken: Snapshot) -> pa.Schema:
@@ -215,91 +282,46 @@ def _write_rows(snapshot: pq.ParquetFile, parquet: ParquetFile, spec: str, max_c
     return texts
 
 
-class NewTexts:
-    """The first new texts of a snapshot, in the order of its rows, each once."""
+def _deferred(taken: Snapshot, why: dict[str, Why], rows: pq.ParquetFile) -> set[str]:
+    """Return the texts that a rollout leaves to later runs.
 
-    def __init__(self, snapshot: pq.ParquetFile, new: set[str], limit: int | None) -> None:
-        self._snapshot = snapshot
-        self.left = new
-        """Keys of the new texts that were not given out; the set is emptied on the way."""
-        self.size = len(new) if limit is None else min(limit, len(new))
-        self.texts = 0
-        self.tokens = 0
-        """About how many the texts that were given out have."""
-
-    def read(self, rows: pq.ParquetFile) -> Iterator[tuple[str, str, str]]:
-        """Yield key, row id and text; `rows` are the plan's."""
-        for group in range(self._snapshot.num_row_groups):
-            known = rows.read_row_group(group, ["key", "too_long"]).to_pydict()
-            picked = []
-            for i, (key, long) in enumerate(zip(known["key"], known["too_long"], strict=True)):
-                if key in self.left and not long and self.texts < self.size:
-                    self.left.remove(key)
-                    self.texts += 1
-                    picked.append(i)
-            if picked:
-                found = self._snapshot.read_row_group(group).take(picked).to_pydict()
-                for i, row_id, text in zip(picked, found["id"], found["text"], strict=True):
-                    self.tokens += estimated_tokens(text)
-                    yield known["key"][i], str(row_id), text
-            if self.texts == self.size:
-                break
-
-    def count(self, rows: pq.ParquetFile) -> None:
-        """Read them all, for the sake of their number and length."""
-        for _ in self.read(rows):
-            pass
+    A run over a window has no more of them than it asks. With a `limit`, the other new texts come first.
+    """
+    most = taken.selection.rollout
+    if most is None or taken.selection.rows != "all":
+        return set()
+    waiting = {key for key, reason in why.items() if reason is Why.NEW_SPEC}
+    if taken.options.limit is not None:
+        most = min(most, max(taken.options.limit - len(why) + len(waiting), 0))
+    return waiting - newest(waiting, most, rows) if len(waiting) > most else set()
 
 
-class ShardFile:
-    """A shard's file while it is written: a row group for each wave of texts."""
-
-    def __init__(self, parquet: ParquetFile, wave_chars: int) -> None:
-        self._parquet = parquet
-        self._wave_chars = wave_chars
-        self._wave: list[tuple[str, str, str]] = []
-        self._chars = 0
-        self.texts = 0
-
-    def add(self, key: str, row_id: str, text: str) -> None:
-        """Add a text."""
-        if len(self._wave) == WAVE_TEXTS or self._chars + len(text) > self._wave_chars:
-            self.end_wave()
-        self._wave.append((key, row_id, text))
-        self._chars += len(text)
-        self.texts += 1
-
-    def end_wave(self) -> None:
-        """Write what was added since the last wave."""
-        if self._wave:
-            columns = zip(*self._wave, strict=True)
-            self._parquet.write(dict(zip(SHARD_SCHEMA.names, map(list, columns), strict=True)))
-        self._wave, self._chars = [], 0
+def _estimate(run: Run, dataset: Dataset, cache: Cache, lengths: Lengths, fastest: str | None) -> Estimate:
+    """Return what the texts will take; `fastest` is a run that shows how fast the endpoint is."""
+    if not lengths.texts:
+        return estimate(dataset, lengths, [])
+    pace = None
+    if fastest:
+        with suppress(InputError, StorageError):  # it only tells the time
+            pace = Run(run.storage, run.dataset_name, fastest).read("summary.json", Pace)
+    rate = None
+    if pace is not None and pace.llm_requests >= dataset.llm.concurrency:  # else it was over before it was fast
+        rate = pace.llm_requests / max(pace.seconds["tag"], 1e-3)
+    return estimate(dataset, lengths, cache.sample(sample_size(lengths.texts)), requests_per_second=rate)
 
 
-def _write_shards(run: Run, asked: NewTexts, rows: pq.ParquetFile, dataset: Dataset, plan_id: str) -> list[Shard]:
-    """Deal the new texts out to the shards, in the order of their first rows."""
-    count = min(dataset.shards.max, -(-asked.size // dataset.shards.texts_per_shard))
-    wave_chars = min(WAVE_CHARS, BUFFERED_CHARS // count)
-    with ExitStack() as stack:
-        paths = [shard_path(run, plan_id, i + 1) for i in range(count)]
-        parquets = [stack.enter_context(writing_parquet(run.storage, path, SHARD_SCHEMA)) for path in paths]
-        files = [ShardFile(parquet, wave_chars) for parquet in parquets]
-        for file, text in zip(cycle(files), asked.read(rows), strict=False):
-            file.add(*text)
-        for file in files:
-            file.end_wave()
-    return [Shard(shard=i + 1, of=count, texts=file.texts) for i, file in enumerate(files)]
-
-
-def _target_state(dataset: Dataset, taken: Snapshot, spec: str, connections: Connections) -> tuple[int, int, int]:
-    """Return the number of the target's rows, and of those tagged under another spec rows and distinct texts."""
-    engine = database(dataset.target_conn_id, connections)
-    with connecting(engine, dataset.target_conn_id) as connection:
-        target = existing_target(connection, dataset.target.table, taken.id_type)
-        if target is None:
-            return 0, 0, 0
-        rows = connection.execute(sa.select(sa.func.count()).select_from(target)).scalar_one()
-        count = sa.select(sa.func.count(), sa.func.count(target.c.cache_key.distinct()))
-        older = connection.execute(count.where(target.c.spec_id != spec)).one()
-        return rows, older[0], older[1]
+def _cost_of_older(
+    run: Run, dataset: Dataset, cache: Cache, expected: Estimate, older: list[OlderSpec], before: Dataset | None
+) -> float | None:
+    """Return what the texts of older specs would cost: like those of this run, else of this spec, else of the older."""
+    texts = sum(each.texts for each in older)
+    if expected.texts:
+        return None if expected.usd is None else expected.usd / expected.texts * texts
+    records = cache.sample(LEAST_SAMPLE)
+    if not records and before is not None:
+        records = Cache(run.storage, older[0].spec, before.llm.model).sample(LEAST_SAMPLE)
+    if not records:
+        return None
+    used = sum((record.usage for record in records), Usage())
+    cost = cost_usd(used, price_of(dataset.llm, batch=dataset.llm.mode == "batch"))
+    return None if cost is None else cost / len(records) * texts

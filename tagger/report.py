@@ -3,18 +3,18 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, Field
 
 from tagger.cache import Cache
-from tagger.dataset import Dataset
+from tagger.dataset import LLM, Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
-from tagger.price import usd
-from tagger.runs import File, Loaded, Plan, Run, utc_now
-from tagger.storage import Storage
+from tagger.price import price_of, usd
+from tagger.runs import Estimate, File, Loaded, Plan, Run, utc_now
+from tagger.spend import THREADS, RunFiles, Spend, list_attempts, spend_of, total_usd
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +61,37 @@ class Summary(File):
     input_tokens: int
     cached_input_tokens: int
     output_tokens: int
+    estimate: Estimate | None = None
+    """What the plan expected the new texts to take."""
     estimated_usd: float | None = None
-    """What the plan expected the new texts to cost."""
+    """What the plan expected them to cost."""
+    estimate_error: float | None = None
+    """By what part of the actual cost the estimate was above it, or if negative below; None where that is not known, or
+    where not all texts that the estimate is for were asked."""
     cost_usd: float | None
     """None where the price is not known."""
+    earlier_plans_usd: float | None = 0.0
+    """Of the cost, what was spent on earlier plans of the run."""
     saved_usd: float | None
-    """Cached texts times the mean cost of a record of the spec."""
+    """By the cache: cached texts times the mean cost of a record of the spec."""
+    saved_by_duplicates_usd: float | None = 0.0
+    """Rows beyond the first with a text, times that mean."""
+    saved_by_batch_usd: float | None = 0.0
+    """What the Batch API took less than calls at once."""
+    saved_by_prompt_caching_usd: float | None = 0.0
+    """What input that the endpoint had cached cost less than other input."""
     seconds: dict[str, float]
     tags: dict[str, int]
     errors: dict[str, ErrorCount]
+    attempts: list[Spend] = Field(default_factory=list)
+    """Those that `cost_usd` is of."""
+
+    @property
+    def total_saved_usd(self) -> float | None:
+        """All that was saved, against asking for each row at once; None where a part is not known."""
+        return total_usd(
+            [self.saved_usd, self.saved_by_duplicates_usd, self.saved_by_batch_usd, self.saved_by_prompt_caching_usd]
+        )
 
 
 def report(run: Run) -> Summary:
@@ -82,8 +104,9 @@ def report(run: Run) -> Summary:
     clock = utc_now()
     dataset, taken, planned = run.dataset(), run.snapshot(), run.plan()
     loaded = run.read("load.json", Loaded)
+    files = list_attempts(run)
     attempts = read_attempts(run)
-    costs = list(chain.from_iterable(attempt.values("cost_usd") for attempt in attempts))
+    spends = [spend_of(attempt, files) for attempt in attempts]
     present = [attempt for attempt in attempts if attempt.plan_id == planned.plan_id]
     outcomes = latest_outcomes(present).values()
     errors = _errors(planned, loaded, outcomes)
@@ -96,7 +119,8 @@ def report(run: Run) -> Summary:
         started = min(attempt.started_at for attempt in present)
         seconds["tag"] = (max(attempt.ended_at for attempt in present) - started).total_seconds()
     day = taken.selection.end if taken.selection.rows == "window" else taken.selection.start
-    mean_cost = Cache(run.storage, planned.spec_id, dataset.llm.model).mean_cost() if cached else 0.0
+    repeated = planned.rows - planned.texts
+    mean_cost = Cache(run.storage, planned.spec_id, dataset.llm.model).mean_cost() if cached or repeated else None
     seconds["report"] = (utc_now() - clock).total_seconds()
     summary = Summary(
         dataset=dataset.dataset,
@@ -120,16 +144,23 @@ def report(run: Run) -> Summary:
         failed=new["failed"] + damaged,
         skipped=new["skipped"],
         pending=new["pending"],
-        llm_requests=_total(attempts, "requests"),
-        input_tokens=_total(attempts, "input_tokens"),
-        cached_input_tokens=_total(attempts, "cached_input_tokens"),
-        output_tokens=_total(attempts, "output_tokens"),
+        llm_requests=sum(spend.requests for spend in spends),
+        input_tokens=sum(spend.input_tokens for spend in spends),
+        cached_input_tokens=sum(spend.cached_input_tokens for spend in spends),
+        output_tokens=sum(spend.output_tokens for spend in spends),
+        estimate=planned.estimate,
         estimated_usd=planned.estimated_usd,
-        cost_usd=None if None in costs else sum(cost or 0.0 for cost in costs),
-        saved_usd=None if mean_cost is None else cached * mean_cost,
+        estimate_error=_estimate_error(planned, new, spends),
+        cost_usd=total_usd(spend.cost_usd for spend in spends),
+        earlier_plans_usd=total_usd(spend.cost_usd for spend in spends if spend.plan_id != planned.plan_id),
+        saved_usd=_times(cached, mean_cost),
+        saved_by_duplicates_usd=_times(repeated, mean_cost),
+        saved_by_batch_usd=total_usd(spend.cost_usd for spend in spends if spend.asked == "batch"),
+        saved_by_prompt_caching_usd=total_usd(_saved_by_prompt_caching(dataset.llm, spend) for spend in spends),
         seconds={step: round(value, 3) for step, value in seconds.items()},
         tags=loaded.tags if loaded else {},
         errors=errors,
+        attempts=spends,
     )
     run.write("summary.json", summary)
     for line in describe(summary):
@@ -139,8 +170,26 @@ def report(run: Run) -> Summary:
     return summary
 
 
-def _total(attempts: list[Attempt], column: str) -> int:
-    return sum(sum(attempt.values(column)) for attempt in attempts)
+def _times(texts: int, mean_cost: float | None) -> float | None:
+    return 0.0 if not texts else None if mean_cost is None else texts * mean_cost
+
+
+def _saved_by_prompt_caching(llm: LLM, spend: Spend) -> float | None:
+    if not spend.cached_input_tokens:
+        return 0.0
+    price = price_of(llm, batch=spend.asked == "batch")
+    if price is None:
+        return None
+    cached_price = price.input if price.cached_input is None else price.cached_input
+    return spend.cached_input_tokens * (price.input - cached_price) / 1_000_000
+
+
+def _estimate_error(planned: Plan, new: dict[str, int], spends: list[Spend]) -> float | None:
+    spent = total_usd(spend.cost_usd for spend in spends if spend.plan_id == planned.plan_id)
+    answered = new["tagged"] + new["refused"] + new["failed"]
+    if planned.estimated_usd is None or not spent or answered < sum(shard.texts for shard in planned.shards):
+        return None
+    return planned.estimated_usd / spent - 1
 
 
 def _new_texts(planned: Plan, loaded: Loaded | None, outcomes: Collection[Latest]) -> dict[str, int]:
@@ -150,7 +199,7 @@ def _new_texts(planned: Plan, loaded: Loaded | None, outcomes: Collection[Latest
         return {status: getattr(loaded, status) for status in statuses}
     counts = Counter(outcome.status for outcome in outcomes)
     ended = {status: counts[status] for status in ("tagged", "refused", "failed")}
-    return {**ended, "skipped": planned.new - sum(ended.values()), "pending": 0}
+    return {**ended, "skipped": planned.new - sum(ended.values()), "pending": planned.pending}
 
 
 def _problems(
@@ -165,7 +214,7 @@ def _problems(
         elif attempt.state == "broken":
             yield attempt.reason if shard.of == 1 and attempt.reason else f"{shard.name}: {attempt.reason}"
         elif attempt.state == "running":
-            yield f"{shard.name}: was killed"
+            yield f"{shard.name}: " + ("was killed" if attempt.asked == "online" else "its batch was not collected")
     if loaded is None:
         yield "load_back did not finish"
         return
@@ -213,23 +262,45 @@ def describe(summary: Summary) -> list[str]:
         f"{s.failed:,} failed, {s.skipped:,} skipped, {s.pending:,} pending",
         f"  LLM      {s.llm_requests:,} requests, {s.input_tokens:,} tokens in ({s.cached_input_tokens:,} cached), "
         f"{s.output_tokens:,} out, {s.model}",
-        f"  cost     {usd(s.cost_usd)} spent"
-        + ("" if s.estimated_usd is None else f" ({usd(s.estimated_usd)} estimated)")
-        + f", {usd(s.saved_usd)} saved by the cache",
-        "  seconds  " + ", ".join(f"{step} {value:.1f}" for step, value in s.seconds.items()),
+        f"  cost     {_spent(s)}, {usd(s.total_saved_usd)} saved",
     ]
+    lines += [f"  saved    {_saved(s)}"] if s.total_saved_usd else []
+    lines += ["  seconds  " + ", ".join(f"{step} {value:.1f}" for step, value in s.seconds.items())]
     lines += [f"  tags     {tags}"] if tags else []
     lines += [f"  errors   {errors}"] if errors else []
     return lines
 
 
-def summaries(storage: Storage, dataset_name: str) -> list[Summary]:
-    """Return the summaries of a dataset's runs, oldest first."""
-    prefix = f"runs/{dataset_name}/"
-    run_ids = [
-        path.removeprefix(prefix).rsplit("/", 1)[0]
-        for path, _ in storage.list(prefix)
-        if path.endswith("/summary.json")
-    ]
-    found = (Run(storage, dataset_name, run_id).read("summary.json", Summary) for run_id in run_ids)
-    return sorted((summary for summary in found if summary is not None), key=lambda summary: summary.finished_at)
+def _spent(s: Summary) -> str:
+    """Return "$0.42 spent (estimated $0.40, 5 % less)"."""
+    told = f"{usd(s.cost_usd)} spent"
+    if s.earlier_plans_usd:
+        told += f", {usd(s.earlier_plans_usd)} of it on earlier plans of the run"
+    if s.estimated_usd is None:
+        return told
+    told += f" (estimated {usd(s.estimated_usd)}" + (" for the rest" if s.earlier_plans_usd else "")
+    if s.estimate_error is not None:
+        percent = round(100 * abs(s.estimate_error))
+        told += f", {percent:,} % {'less' if s.estimate_error < 0 else 'more'}" if percent else ", less than 1 % off"
+    if s.estimate is not None and s.estimate.low_usd is not None and s.estimated_usd:
+        basis = {"records": "by the spec's records", "lengths": "by the texts' lengths alone"}[s.estimate.basis]
+        told += f"; {usd(s.estimate.low_usd)} to {usd(s.estimate.high_usd)} {basis}"
+    return told + ")"
+
+
+def _saved(s: Summary) -> str:
+    """Return "$37.90 by the cache, $0.20 by duplicates"."""
+    parts = {
+        "the cache": s.saved_usd,
+        "duplicates": s.saved_by_duplicates_usd,
+        "the Batch API": s.saved_by_batch_usd,
+        "prompt caching": s.saved_by_prompt_caching_usd,
+    }
+    return ", ".join(f"{usd(amount)} by {what}" for what, amount in parts.items() if amount)
+
+
+def summaries(runs: Iterable[RunFiles]) -> list[Summary]:
+    """Return the summaries of those runs that have one, oldest first."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = threads.map(lambda files: files.run.read("summary.json", Summary), (r for r in runs if r.has_summary))
+        return sorted((summary for summary in found if summary is not None), key=lambda summary: summary.finished_at)

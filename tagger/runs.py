@@ -71,6 +71,24 @@ class Shard(File):
         return f"shard {self.shard}/{self.of} · {self.texts} texts"
 
 
+class Estimate(File):
+    """What the texts that a run asks will take. `low_usd` and `high_usd` bound the cost with about 95 % certainty."""
+
+    texts: int
+    input_tokens: int
+    cached_input_tokens: int
+    """Of the input, what the endpoint will have cached."""
+    output_tokens: int
+    usd: float | None
+    """None where the price is not known, as are the next two."""
+    low_usd: float | None
+    high_usd: float | None
+    basis: Literal["records", "lengths"]
+    """Known from records of this spec, or guessed from the texts' lengths alone."""
+    seconds: float | None
+    """At the dataset's limits; None where nothing tells how long a call takes."""
+
+
 class Plan(File):
     """`plan.json`: what is new."""
 
@@ -95,8 +113,23 @@ class Plan(File):
     """Distinct texts of those rows."""
     asked_again: int = 0
     """Of the new texts, those that were refused before."""
+    why: dict[str, int] = {}
+    """Why the new texts are new, in words, with how many are."""
+    deferred: int = 0
+    """Of the new texts, those that the rollout of a new spec leaves to later runs."""
+    spec_change: str | None = None
+    """What is another in the spec than in that of most older rows, in words."""
+    older_spec_usd: float | None = None
+    """What the texts of all older rows would cost about; None where nothing tells."""
+    pending: int = 0
+    """Texts that are neither cached nor new: a batch of the spec that is not finished holds them."""
+    estimate: Estimate | None = None
+    """Of the new texts that this run asks."""
     estimated_usd: float | None = None
-    """What the new texts, those over the run's limit aside, will cost about; None where the price is not known."""
+    """`estimate.usd`: None where the price is not known."""
+    budget_usd: float | None = None
+    """What the run's calls, earlier attempts at it included, may cost: the least of `limits.max_cost_usd` and what is
+    left of `limits.max_cost_usd_per_month`; None for no limit."""
     planned_at: AwareDatetime
     seconds: float
 
@@ -234,7 +267,7 @@ class ParquetFile:
 @contextmanager
 def writing_parquet(storage: Storage, path: str, schema: pa.Schema) -> Iterator[ParquetFile]:
     """Write a Parquet object in bounded memory; it appears when the block ends without an error, whole."""
-    with _disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
+    with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
         file = Path(folder, "file")
         parquet = ParquetFile(file, schema)
         try:
@@ -252,7 +285,7 @@ def opened_parquet(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
         StorageError: the object is missing or damaged, which may also show in the block.
     """
     with ExitStack() as stack:
-        with _disk_errors():
+        with disk_errors():
             file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagger-")), "file")
             storage.download(path, file)
         try:
@@ -270,7 +303,7 @@ def read_parquet(storage: Storage, path: str, batch_size: int = 5000) -> Iterato
 
 
 @contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """Make a full disk one clear error."""
     try:
         yield

@@ -4,6 +4,7 @@ The rows are streamed (server-side cursor) and the file appears whole or not at 
 is written last.
 """
 
+import heapq
 import logging
 import time
 import uuid
@@ -15,11 +16,13 @@ from typing import Any
 import pyarrow as pa
 import sqlalchemy as sa
 
+from tagger.changes import GOOD, target_rows
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
-from tagger.tables import column, connecting, existing_target, id_type, reflect
+from tagger.spec import spec_id
+from tagger.tables import column, connecting, id_type, reflect
 from tagger.window import Options, Selection
 
 logger = logging.getLogger(__name__)
@@ -56,11 +59,10 @@ def snapshot(
     with connecting(engine, dataset.source.conn_id) as connection:
         source = SourceTable(connection, dataset)
         taken_at = _database_time(connection)
-        statuses = (*UNFINISHED, "refused") if options.retry_refused else UNFINISHED
-        unfinished = _rows_with(statuses, dataset, source.id_type, connections) if selection.unfinished else set()
+        unfinished, older = _target_ids(dataset, source.id_type, selection, options, connections)
         with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
             rows = 0
-            for batch in _batches(source.rows(selection, unfinished)):
+            for batch in _batches(source.rows(selection, unfinished, older)):
                 parquet.write({"id": [r[0] for r in batch], "text": [r[1] for r in batch]})
                 rows += len(batch)
     taken = Snapshot(
@@ -110,15 +112,18 @@ def _database_time(connection: sa.Connection) -> datetime:
     return instant.astimezone(UTC)
 
 
-def _rows_with(statuses: Iterable[str], dataset: Dataset, ids: IdType, connections: Connections) -> set[Any]:
-    """Return the ids of the target's rows with one of these statuses."""
-    engine = database(dataset.target_conn_id, connections)
-    with connecting(engine, dataset.target_conn_id) as connection:
-        target = existing_target(connection, dataset.target.table, ids)
+def _target_ids(
+    dataset: Dataset, ids: IdType, selection: Selection, options: Options, connections: Connections
+) -> tuple[set[Any], set[Any]]:
+    """Return the ids of target rows that wait for an answer, and of those that a rollout may take to tag them again."""
+    if not selection.unfinished:
+        return set(), set()
+    with target_rows(dataset, ids, connections) as target:
         if target is None:
-            return set()
-        query = sa.select(target.c.row_id).where(target.c.status.in_(statuses))
-        return set(connection.execute(query).scalars())
+            return set(), set()
+        unfinished = target.ids((*UNFINISHED, "refused") if options.retry_refused else UNFINISHED)
+        takes_all = selection.rollout is None or selection.rows == "all"
+        return unfinished, set() if takes_all else target.ids(GOOD, but_spec=spec_id(dataset))
 
 
 class SourceTable:
@@ -139,27 +144,47 @@ class SourceTable:
         self._updated_at = (
             column(table, source.updated_at, "source.updated_at") if source.updated_at is not None else None
         )
+        self._query = sa.select(self._id, *self._texts).order_by(self._id)
         self._bad_time: str | None = None
         if connection.dialect.name != "sqlite":
             self._condition_for(Selection(rows="window", start=utc_now(), end=utc_now(), unfinished=False))
 
-    def rows(self, selection: Selection, unfinished: set[Any]) -> Iterator[tuple[Any, str]]:
-        """Yield id and text of the selected rows and of the `unfinished` ones, which is emptied on the way.
+    def rows(self, selection: Selection, unfinished: set[Any], older: set[Any]) -> Iterator[tuple[Any, str]]:
+        """Yield id and text of the `unfinished` rows, of the other selected ones, and of some of the `older` ones.
+
+        Each in the order of the ids, but the last: these are as many as the selection's `rollout`, the newest first.
 
         Raises:
             InputError: an id is NULL, of another type or there twice; a timestamp is none.
         """
-        query = sa.select(self._id, *self._texts).order_by(self._id)
         if self._connection.dialect.name == "sqlite":
             self._prepare_sqlite(selection)
+        yield from self._rows_of(sorted(unfinished))
         condition = self._condition_for(selection)
-        for row in self._read(query if condition is None else query.where(condition)):
-            unfinished.discard(row[0])
-            yield self._id_out(row[0]), self._join(row)
-        left = iter(sorted(unfinished))
-        while ids := list(islice(left, IDS_A_QUERY)):
-            for row in self._read(query.where(self._id.in_(ids))):
+        for row in self._read(self._query if condition is None else self._query.where(condition)):
+            older.discard(row[0])
+            if row[0] not in unfinished:
                 yield self._id_out(row[0]), self._join(row)
+        if selection.rollout and older:
+            yield from self._rows_of(self._newest(older - unfinished, selection.rollout))
+
+    def _rows_of(self, ids: list[Any]) -> Iterator[tuple[Any, str]]:
+        for start in range(0, len(ids), IDS_A_QUERY):
+            place = {row_id: i for i, row_id in enumerate(ids[start : start + IDS_A_QUERY])}
+            rows = self._read(self._query.where(self._id.in_(place)))
+            for row in sorted(rows, key=lambda row: place.get(row[0], 0)):
+                yield self._id_out(row[0]), self._join(row)
+
+    def _newest(self, ids: set[Any], count: int) -> list[Any]:
+        """Return the ids of the rows that changed last, the last one first."""
+        changed, left = self._updated_at, iter(ids)
+        if changed is None:  # all rows are taken anyway
+            return []
+        when = sa.type_coerce(changed, sa.Text) if self._connection.dialect.name == "sqlite" else changed
+        query = sa.select(when, self._id).where(changed.is_not(None))
+        parts = iter(lambda: list(islice(left, IDS_A_QUERY)), [])
+        rows = (row for part in parts for row in self._connection.execute(query.where(self._id.in_(part))))
+        return [row[1] for row in heapq.nlargest(count, map(tuple, rows))]
 
     def _read(self, query: sa.Select[Any]) -> Iterator[sa.Row[Any]]:
         last: Any = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+
+
+class Version(NamedTuple):
+    """An object as it stands."""
+
+    path: str
+    written_at: datetime
+    """By the clock of S3."""
+    etag: str
+    """Another one as soon as the object is written with another body."""
 
 
 class Storage:
@@ -82,14 +93,14 @@ class Storage:
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Yield path and size of the objects whose path starts with `prefix`; 1,000 a request."""
-        skip = len(self._prefix)
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self._prefix + prefix, PaginationConfig={"PageSize": 1000}
-        )
-        with self._errors(f"listing {prefix}"):
-            for page in pages:
-                for item in page.get("Contents", []):
-                    yield item["Key"][skip:], item["Size"]
+        for item in self._listed(prefix):
+            yield item["Key"][len(self._prefix) :], item["Size"]
+
+    def list_versions(self, prefix: str) -> Iterator[Version]:
+        """Yield the objects whose path starts with `prefix`, and how they stand; 1,000 a request."""
+        for item in self._listed(prefix):
+            written_at = datetime.fromisoformat(item["LastModified"])
+            yield Version(item["Key"][len(self._prefix) :], written_at, item["ETag"])
 
     def delete(self, path: str) -> None:
         """Delete an object; it need not exist."""
@@ -121,6 +132,14 @@ class Storage:
                 )
                 return True
         return False
+
+    def _listed(self, prefix: str) -> Iterator[Any]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self._prefix + prefix, PaginationConfig={"PageSize": 1000}
+        )
+        with self._errors(f"listing {prefix}"):
+            for page in pages:
+                yield from page.get("Contents", [])
 
     def _transfer(self, doing: str, transfer: Callable[[], object]) -> None:
         from boto3.exceptions import Boto3Error
@@ -170,11 +189,17 @@ def _read_page(response_dict: dict[str, Any], customized_response_dict: dict[str
     except ElementTree.ParseError:
         return
     namespace = page.tag.removesuffix("ListBucketResult")
-    key, size = f"{namespace}Key", f"{namespace}Size"
+    key, size, time, etag = (f"{namespace}{name}" for name in ("Key", "Size", "LastModified", "ETag"))
     objects = page.findall(f"{namespace}Contents")
     if objects:
         customized_response_dict["Contents"] = [
-            {"Key": item.findtext(key, ""), "Size": int(item.findtext(size, "0"))} for item in objects
+            {
+                "Key": item.findtext(key, ""),
+                "Size": int(item.findtext(size, "0")),
+                "LastModified": item.findtext(time, ""),
+                "ETag": item.findtext(etag, ""),
+            }
+            for item in objects
         ]
         page[:] = [part for part in page if part.tag != objects[0].tag]
         response_dict["body"] = ElementTree.tostring(page)

@@ -2,26 +2,30 @@
 
 import logging
 import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from redis.exceptions import LockError, RedisError
 
-from tagger.cache import Cache, Record, Usage, patiently
+from tagger.batch import collected
+from tagger.cache import Cache, Chars, Record, Usage, patiently
 from tagger.connections import Connections, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import BUDGET_REACHED, InputError, LLMStopped, RunFailed, StorageError, TaggerError, TextFailed
-from tagger.ledger import Ledger, latest_outcomes, read_attempts
+from tagger.ledger import Latest, Ledger, latest_outcomes, read_attempts
 from tagger.llm import Client
 from tagger.lock import RunLocks
+from tagger.packing import Packer, shares
 from tagger.price import price_of
 from tagger.progress import showing
 from tagger.redis_connection import redis_client
-from tagger.runs import Run, Shard, opened_parquet, shard_path, utc_now
-from tagger.throttle import LocalRates, Rates, RedisRates, Stopped, Throttle
+from tagger.runs import Plan, Run, Shard, opened_parquet, shard_path, utc_now
+from tagger.shard_budget import ShardBudget, shard_budget
+from tagger.throttle import BudgetSpent, LocalRates, Rates, RedisRates, Stopped, Throttle
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -30,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 FAILURES_LOGGED = 20
 """Lines per shard; all failures are in the shard file."""
+
+MOST_THREADS = 1000
+"""Where texts are asked together: each waits on a thread, which with a lock may want a connection to Redis. Of those
+there are `MAX_REDIS_CONNECTIONS`."""
 
 
 class ShardTexts:
@@ -71,25 +79,39 @@ class ShardTexts:
         raise error
 
 
+class NotAsked:
+    """What answers where the Batch API alone is asked: texts that it gave no answer to have failed."""
+
+    def __init__(self, outcomes: Mapping[str, Latest]) -> None:
+        self._outcomes = outcomes
+
+    def ask(self, key: str, text: str, spend: object) -> NoReturn:
+        """Raise `TextFailed` as the batch had it, or for a text that was in none, since it cannot be encoded."""
+        outcome = self._outcomes.get(key)
+        if outcome is None or outcome.kind is None:
+            raise TextFailed("rejected", "the text cannot be encoded in UTF-8")
+        raise TextFailed(outcome.kind, outcome.error or "")
+
+
 class ShardAsker:
-    """What the tasks of one shard share: the cache, the client, the books and the budget (USD, None for no limit)."""
+    """What the tasks of one shard share: the cache, the way to ask, the books and the budget."""
 
     def __init__(
         self,
         cache: Cache,
-        client: Client,
+        packer: Packer | NotAsked,
         throttle: Throttle,
         ledger: Ledger,
         row_ids: dict[str, str],
         *,
-        budget: float | None,
+        budget: ShardBudget,
         locks: RunLocks | None,
         recheck: bool,
     ) -> None:
         self.cache = cache
         self.lock: Mapping[str, Any] = locks.parameters if locks else {}
         self._locks = locks
-        self._client = client
+        self._packer = packer
         self._throttle = throttle
         self._ledger = ledger
         self._row_ids = row_ids
@@ -112,14 +134,7 @@ class ShardAsker:
             TextFailed: there is no usable answer.
             LLMStopped, Stopped: no more texts are asked.
         """
-        row_id = self._row_ids[key]
-
-        def spend(usage: Usage) -> None:
-            self._ledger.spend(key, row_id, usage)
-            if self._budget is not None and self._ledger.spent_usd >= self._budget:
-                self._stop(budget_reached())
-
-        answer = self._client.ask(key, text, spend)
+        answer = self._packer.ask(key, text, self._spend)
         usage, cost = self._ledger.spent_on(key)
         return Record(
             status="refused" if answer.reason else "tagged",
@@ -129,8 +144,21 @@ class ShardAsker:
             usage=usage,
             cost_usd=cost,
             finish_reason=answer.finish_reason,
+            asked=answer.asked,
+            chars=Chars.of(text),
             created_at=utc_now(),
         )
+
+    def _spend(self, texts: Mapping[str, str], usage: Usage) -> None:
+        """Count one HTTP request for these texts."""
+        for number, (key, share) in enumerate(shares(usage, texts).items()):
+            self._ledger.spend(key, self._row_ids[key], share, requests=0 if number else 1)
+        with suppress(RedisError, TaggerError):  # the answer is paid for; the next call will tell
+            if self._budget.is_spent(self._ledger.spent_usd):
+                self._stop(self._budget_reached())
+
+    def _budget_reached(self) -> RunFailed:
+        return RunFailed(f"{BUDGET_REACHED}: {self._budget.name} is spent")
 
     def writing(self) -> AbstractContextManager[None]:
         """Count an answer as not yet written while the block runs."""
@@ -158,6 +186,8 @@ class ShardAsker:
                 logger.warning("further failures are not logged; the shard file has them all")
         elif isinstance(error, LLMStopped):
             self._stop(error)
+        elif isinstance(error, BudgetSpent):
+            self._stop(self._budget_reached())
         elif isinstance(error, RedisError) and self._locks is not None:
             self._stop(self._locks.failure(error))
         elif not isinstance(error, Stopped):
@@ -171,47 +201,63 @@ class ShardAsker:
         self._throttle.stop()
 
 
-def budget_reached() -> RunFailed:
-    """Return the error of a shard that has spent its part of the budget."""
-    return RunFailed(f"{BUDGET_REACHED}: this shard's share of `limits.max_cost_usd` is spent")
-
-
 def tag(run: Run, number: int, connections: Connections, *, alone: bool = False) -> dict[str, int]:
     """Tag the texts of a shard, those that an earlier attempt answered aside; return the texts by status.
 
     Texts that fail do not fail the step. `alone` tells that the run's shards go one after the other, so that each has
-    the whole rate of the run.
+    the whole rate of the run, and all that is left of its budget.
 
     Raises:
         InputError: there is no such run or shard, or Redis, which `lock` asks for, does not answer.
         LLMStopped: the endpoint refuses every call.
         LockFailed: Redis went away in between.
-        RunFailed: the shard's share of the budget is spent.
+        RunFailed: the budget is spent, or the shard's batch has not ended.
         StorageError: answers can no longer be written.
     """
     dataset, plan = run.dataset(), run.plan()
     if not 1 <= number <= len(plan.shards):
         raise InputError(f"run `{run.run_id}` has {len(plan.shards)} shards, no shard {number}")
     shard = plan.shards[number - 1]
+    if dataset.llm.mode == "online":
+        return _tag(run, dataset, plan, shard, connections, alone=alone)
+    with collected(run, number, connections) as pending:
+        return _tag(run, dataset, plan, shard, connections, alone=alone, pending=pending)
+
+
+def _tag(
+    run: Run,
+    dataset: Dataset,
+    plan: Plan,
+    shard: Shard,
+    connections: Connections,
+    *,
+    alone: bool,
+    pending: Collection[str] = (),
+) -> dict[str, int]:
+    number = shard.shard
     earlier = read_attempts(run, number)
     answered = latest_outcomes(attempt for attempt in earlier if attempt.plan_id == plan.plan_id)
     cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
-    cache.assume(key for key, outcome in answered.items() if outcome.status in ("tagged", "refused"))
-    budget = None
-    if dataset.limits.max_cost_usd is not None:
-        spent = sum(cost or 0.0 for attempt in earlier for cost in attempt.values("cost_usd"))
-        budget = dataset.limits.max_cost_usd / len(plan.shards) - spent
+    done_before = [key for key, outcome in answered.items() if outcome.status in ("tagged", "refused")]
+    cache.assume(done_before)
+    cache.assume(pending)  # others hold them: there is nothing to ask
     with Ledger(run, plan.plan_id, number, price_of(dataset.llm)) as ledger, ExitStack() as stack:
         redis = redis_client(dataset.lock.conn_id, connections) if dataset.lock else None
         locks = RunLocks(redis, dataset.lock.conn_id) if redis and dataset.lock else None
-        throttle = Throttle(dataset.llm.concurrency, _rates(run, dataset, 1 if alone else len(plan.shards), redis))
+        budget = shard_budget(plan, run, number, ledger, redis, alone=alone)
+        throttle = Throttle(
+            dataset.llm.concurrency,
+            _rates(run, dataset, 1 if alone else len(plan.shards), redis),
+            lambda: budget.is_spent(ledger.spent_usd),
+        )
         client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
         stack.enter_context(closing(client))
         file = stack.enter_context(opened_parquet(run.storage, shard_path(run, plan.plan_id, number)))
         texts = ShardTexts(file, cache)
+        by_batch_only = dataset.llm.mode == "batch" and dataset.llm.batch_fallback is None
         asker = ShardAsker(
             cache,
-            client,
+            NotAsked(answered) if by_batch_only else Packer(client, dataset.llm.texts_per_request),
             throttle,
             ledger,
             texts.row_ids,
@@ -221,13 +267,13 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
         )
         done = texts.answered()
         if done < shard.texts:
-            if budget is not None and budget <= 0:
-                raise budget_reached()
             with showing(shard, ledger, done):
                 _build(dataset, shard, texts, asker, throttle, locks)
-        counts = ledger.counts()
+        counts = Counter(ledger.counts())
+    if dataset.llm.mode == "batch":  # whose books the answers are in that were just collected
+        counts += Counter(answered[key].status for key in done_before)
     logger.info("%s: %s", shard.name, ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing to do")
-    return counts
+    return dict(counts)
 
 
 def _rates(run: Run, dataset: Dataset, shards: int, redis: "Redis | None") -> Rates | None:
@@ -249,7 +295,8 @@ def _build(
 
     tree = TagTexts(shard=f"shard-{shard.shard}-of-{shard.of}", texts=texts, asker=asker)
     # as many again as calls may be in flight: they write answers, or wait for their turn
-    threads = min(2 * dataset.llm.concurrency, shard.texts)
+    calls = 2 * dataset.llm.concurrency
+    threads = min(max(calls, min(calls * dataset.llm.texts_per_request, MOST_THREADS)), shard.texts)
     with locks.held() if locks else nullcontext():
         complete = build(tree, threads=threads, stopped=throttle.stopped)
     if complete:  # also where the last answer took what was left of the budget

@@ -1,9 +1,9 @@
-"""When the next call to the LLM may start: calls in flight, answers not yet written, rates, and the endpoint's 429s."""
+"""When the next call to the LLM may start: calls in flight, answers not yet written, rates, 429s, and the budget."""
 
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,6 +32,10 @@ RATE_KEY_SECONDS = 3600
 
 class Stopped(Exception):
     """No further call is to be made; the text was not asked."""
+
+
+class BudgetSpent(Stopped):
+    """No further call is to be made, for there is no money left."""
 
 
 class Rates(Protocol):
@@ -121,12 +125,16 @@ class Throttle:
     """Lets a worker's calls to the LLM start, in the order in which they ask. Used from many threads.
 
     At most `concurrency` calls are in flight, and none starts while as many answers wait to be written. After a 429 the
-    whole worker pauses, goes on with half as many calls at once, and recovers call by call.
+    whole worker pauses, goes on with half as many calls at once, and recovers call by call. `is_spent` is asked last of
+    all before a call starts: others may have spent the money meanwhile.
     """
 
-    def __init__(self, concurrency: int, rates: Rates | None = None) -> None:
+    def __init__(
+        self, concurrency: int, rates: Rates | None = None, is_spent: Callable[[], bool] = lambda: False
+    ) -> None:
         self._concurrency = concurrency
         self._rates = rates
+        self._is_spent = is_spent
         self._turnstile = threading.Lock()
         self._changed = threading.Condition()
         self._limit = float(concurrency)
@@ -146,6 +154,7 @@ class Throttle:
 
         Raises:
             Stopped: `stop` was called before it could start.
+            BudgetSpent: there is no money left for it.
         """
         with self._turnstile:  # the others wait here, so that only the first in line looks at limits and clocks
             self._wait(tokens)
@@ -182,6 +191,8 @@ class Throttle:
             if wait <= 0:
                 break
             self.stopped.wait(wait)
+        if self._is_spent():
+            raise BudgetSpent
         with self._changed:
             self._in_flight += 1
 

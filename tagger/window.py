@@ -57,13 +57,16 @@ class Selection(BaseModel):
     start: AwareDatetime | None = None
     end: AwareDatetime | None = None
     unfinished: bool
+    rollout: int | None = None
+    """Of the rows whose tags come from another spec, and that the run would not take for that, as many as this."""
 
     def describe(self, zone: ZoneInfo) -> str:
         """Return the selection in words, with times in `zone`."""
         if self.start is None or self.end is None:
             return "all rows"
         text = f"{self.start.astimezone(zone):%Y-%m-%d %H:%M} to {self.end.astimezone(zone):%Y-%m-%d %H:%M}"
-        return text + (", and rows not finished before" if self.unfinished else "")
+        text += ", and rows not finished before" if self.unfinished else ""
+        return text + (f", and up to {self.rollout:,} of an older spec" if self.rollout else "")
 
     def takes(self, updated_at: datetime | date | None, zone: ZoneInfo) -> bool:
         """Return whether a row changed at `updated_at` lies in the window; naive times are of `zone`.
@@ -140,8 +143,9 @@ def select_rows(
         raise InputError(
             "`target_date` needs `source.updated_at` in the dataset file: without it every run takes all rows"
         )
+    rollout = dataset.rollout.texts_per_run if dataset.rollout and kind == "regular" and not all_rows else None
     if all_rows or dataset.source.updated_at is None:
-        return Selection(rows="all", unfinished=kind == "regular")
+        return Selection(rows="all", unfinished=kind == "regular", rollout=rollout)
     if day is not None:
         zone = dataset.zone
         return Selection(
@@ -153,7 +157,7 @@ def select_rows(
     end = datetime.fromisoformat(end.isoformat()).astimezone(UTC)  # Airflow's pendulum times lose their zone in sums
     lookback = timedelta() if kind == "backfill" else dataset.source.lookback
     start = min(previous_firing(dataset, end), end - ONE_DAY) - lookback
-    return Selection(rows="window", start=start, end=waited_until or end, unfinished=kind == "regular")
+    return Selection(rows="window", start=start, end=waited_until or end, unfinished=kind == "regular", rollout=rollout)
 
 
 def previous_firing(dataset: Dataset, end: datetime) -> datetime:

@@ -18,7 +18,7 @@ from botocore.compat import HTTPHeaders
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagger.cache import RECORD_VERSION, SMALLEST_RECORD, Cache, DamagedRecord, Record, Usage, parse_record
+from tagger.cache import RECORD_VERSION, SMALLEST_RECORD, Cache, Chars, DamagedRecord, Record, Usage, parse_record
 from tagger.connections import Connection
 from tagger.exceptions import InputError, StorageError
 from tagger.storage import Storage
@@ -329,7 +329,8 @@ RECORDS = st.builds(
     usage=st.builds(Usage, input=TOKENS, cached_input=TOKENS, output=TOKENS),
     cost_usd=st.none() | st.floats(min_value=0, max_value=1e6),
     finish_reason=st.text(),
-    asked=st.sampled_from(["online", "batch"]),
+    asked=st.sampled_from(["online", "batch", "together"]),
+    chars=st.none() | st.builds(Chars.of, st.text()),
     created_at=st.datetimes(timezones=st.just(UTC)),
 )
 
@@ -364,3 +365,43 @@ def test_the_mean_cost_takes_a_sample(cache: Cache, storage: Storage) -> None:
 
     assert cache.mean_cost(sample=10) == pytest.approx(0.001)
     assert requests.counts == {"ListObjectsV2": 1, "GetObject": 10}
+
+
+def test_a_sample_has_no_more_records_than_asked_for_and_one_listing(cache: Cache, storage: Storage) -> None:
+    assert cache.sample(5) == []
+    fill(cache, storage, [key(n) for n in range(30)])
+    storage.put(f"cache/{SPEC}/00/tag_{key(99)}.json", b"truncated")
+    requests = watch(storage)
+
+    assert cache.sample(12) == [record()] * 12
+    assert requests.counts == {"ListObjectsV2": 1, "GetObject": 12}
+    assert len(cache.sample(64)) == 30
+
+
+def test_a_sample_takes_other_records_for_other_specs(cache: Cache, storage: Storage) -> None:
+    fill(Cache(storage, "ba9876543210", MODEL), storage, [key(1)])
+
+    assert cache.sample(5) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "narrow", "wide"),
+    [
+        ("", 0, 0),
+        ("heart", 5, 0),
+        ("心臓", 0, 2),
+        ("心臓 heart", 6, 2),
+        ("é" * 10, 5, 5),
+        ("🙂" * 10, 0, 10),
+        ("\ud800" * 4, 4, 0),
+    ],
+)
+def test_a_length_is_counted_by_script(text: str, narrow: int, wide: int) -> None:
+    assert Chars.of(text) == Chars(narrow=narrow, wide=wide)
+
+
+@given(st.text(alphabet=st.characters()))
+def test_all_characters_are_counted(text: str) -> None:
+    chars = Chars.of(text)
+
+    assert (chars.narrow + chars.wide, chars.narrow >= 0, chars.wide >= 0) == (len(text), True, True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import json
 import os
 import pty
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,12 @@ from demo.postgresql import PostgreSQL
 from demo.processes import free_port
 from demo.stand_in import StandIn, completion, error
 from tagger.cli import main
+from tagger.history import DAYS_SHOWN
 from tagger.ledger import read_attempts
 from tagger.report import Summary
 from tests.project import Project, merged
 from tests.servers import S3Store
+from tests.test_spend import put_attempt
 
 DAY = "2026-11-20"
 
@@ -208,7 +213,7 @@ def test_steps_by_hand_equal_a_run(shell: Shell) -> None:
     assert shell.run("report", "by_hand", "--run-id", "id", "--json") == 0
     parts = shell.summary()
 
-    of_each = {"dataset", "spec_id", "started_at", "finished_at", "seconds"}
+    of_each = {"dataset", "spec_id", "started_at", "finished_at", "seconds", "attempts"}
     assert parts.model_dump(exclude=of_each) == whole.model_dump(exclude=of_each)
     tables = []
     for table in ("note_tags", "hand_tags"):
@@ -265,6 +270,70 @@ def test_report_without_a_name_shows_every_dataset(shell: Shell) -> None:
     assert shell.run("report") == 0
     assert "first · success" in shell.out
     assert "others: no run yet" in shell.err
+
+
+def test_report_of_one_dataset_goes_on_with_its_history(shell: Shell) -> None:
+    for number in range(DAYS_SHOWN + 3):
+        at = datetime(2025, 10, 20, 12, tzinfo=UTC) + timedelta(days=number)
+        put_attempt(shell.project.open(f"killed-{number}"), 1.0, at, state="running")
+
+    assert shell.run("report", "notes") == 0
+    assert shell.err == "notes: no finished run yet\n"
+    shell.run("run", "notes", "--run-id", "first")
+    assert shell.run("report", "notes") == 0
+
+    latest, days, months = (part.splitlines() for part in shell.out.split("\n\n"))
+    assert latest[0].endswith(" · first · success")
+    assert days[0].split()[:3] == ["dataset", "day", "runs"]
+    assert len(days) == 1 + DAYS_SHOWN
+    assert [line.split()[:3] for line in months[:3]] == [
+        ["dataset", "month", "runs"],
+        ["notes", "2025-10", "12"],
+        ["notes", "2025-11", "5"],
+    ]
+
+
+def test_report_of_all_datasets_is_of_their_latest_runs_alone(shell: Shell) -> None:
+    shell.run("run", "notes", "--run-id", "first")
+
+    assert shell.run("report") == 0
+    assert "first · success" in shell.out
+    assert "month" not in shell.out
+
+
+def test_history_of_one_or_all_datasets_in_each_form(shell: Shell) -> None:
+    shell.write("others", dataset="others", target={"table": "other_tags"}, revision=2, llm={"price": None})
+    shell.run("run", "notes", "--run-id", "first", "--json")
+    spent = shell.summary().cost_usd
+    shell.run("run", "others", "--run-id", "second")
+
+    assert shell.run("report", "--by", "month", "--json") == 0
+    [notes, others] = json.loads(shell.out.splitlines()[-1])
+    assert (notes["dataset"], notes["runs"], notes["texts"], notes["spent_usd"]) == ("notes", 1, 2, spent)
+    assert (others["dataset"], others["runs"], others["texts"], others["spent_usd"]) == ("others", 1, 2, None)
+    assert shell.run("report", "notes", "--by", "day", "--csv") == 0
+    [row] = csv.DictReader(io.StringIO(shell.out))
+    assert (row["dataset"], row["day"][:7], row["texts"]) == ("notes", notes["month"], "2")
+    assert shell.run("report", "--by", "day") == 0
+    assert [line.split()[0] for line in shell.out.splitlines()] == ["dataset", "notes", "others"]
+    assert "unknown" in shell.out
+
+
+def test_history_without_a_run_is_empty(shell: Shell) -> None:
+    for form, shown in (["--json"], "[]\n"), (["--csv"], None), ([], ""):
+        assert shell.run("report", "notes", "--by", "day", *form) == 0
+        assert "notes: no run yet" in shell.err
+        assert shell.out == shown or (shown is None and shell.out.startswith("dataset,day,runs,"))
+        assert shell.out.count("\n") <= 1
+
+
+def test_damaged_attempt_is_one_clear_line_after_the_latest_run(shell: Shell) -> None:
+    shell.run("run", "notes", "--run-id", "first")
+    shell.project.open("broken").storage.put("runs/notes/broken/shard-1-1.parquet", b"x")
+
+    assert shell.run("report", "notes") == 1
+    assert "first · success" in shell.out
+    assert_complains(shell, r"runs/notes/broken/shard-1-1\.parquet: damaged; delete it")
 
 
 def test_empty_table_is_a_success_with_zeros(shell: Shell) -> None:
@@ -472,6 +541,10 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "unknown run id, load": (["load", "notes", "--run-id", "nope"], "run `nope` of `notes` has no"),
     "unknown run id, report": (["report", "notes", "--run-id", "nope"], "run `nope` of `notes` has no"),
     "run id without a dataset": (["report", "--run-id", "x"], "`--run-id` needs a DATASET"),
+    "CSV of a run": (["report", "notes", "--csv"], "`--csv` needs `--by day` or `--by month`"),
+    "history in two forms": (["report", "notes", "--by", "day", "--json", "--csv"], "not allowed with argument"),
+    "history of one run": (["report", "notes", "--by", "day", "--run-id", "x"], "argument --run-id: not allowed with"),
+    "history by week": (["report", "notes", "--by", "week"], "invalid choice: 'week'"),
     "bad day": (["run", "notes", "--day", "yesterday"], "'yesterday' is no date such as 2026-11-30"),
     "day that does not exist": (["run", "notes", "--day", "2026-02-30"], "'2026-02-30' is no date"),
     "day with all": (["run", "notes", "--day", DAY, "--all"], "not allowed with"),

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -345,8 +347,15 @@ def test_a_write_in_between_that_fails_is_made_up_for(
     client = s3_bucket.client()
     with ledger(run) as books:
         books.spend(key(1), "7", Usage(input=1))
-        client.delete_object(Bucket=s3_bucket.bucket, Key="runs/notes/manual__1/shard-1-1.parquet")
-        client.delete_bucket(Bucket=s3_bucket.bucket)
+
+        def is_deleted() -> bool:
+            client.delete_object(Bucket=s3_bucket.bucket, Key="runs/notes/manual__1/shard-1-1.parquet")
+            with suppress(ClientError):  # a write came in between
+                client.delete_bucket(Bucket=s3_bucket.bucket)
+                return True
+            return False
+
+        wait_until(is_deleted)
         time.sleep(0.3)
         client.create_bucket(Bucket=s3_bucket.bucket)
 

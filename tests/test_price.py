@@ -6,7 +6,7 @@ import pytest
 
 from tagger.cache import Usage
 from tagger.dataset import LLM, Price
-from tagger.price import cost_usd, price_of
+from tagger.price import cost_usd, price_of, usd
 
 
 def llm(**fields: Any) -> LLM:
@@ -26,6 +26,34 @@ def test_the_library_knows_gpt_5_mini() -> None:
     assert price.input == pytest.approx(0.25)
     assert price.cached_input == pytest.approx(0.025)
     assert price.output == pytest.approx(2.0)
+
+
+FILE = {"input": 7, "cached_input": 3, "output": 11}
+HALF = Price(input=3.5, cached_input=1.5, output=5.5)
+
+
+@pytest.mark.parametrize(
+    ("params", "batch"), [({}, True), ({"service_tier": "flex"}, False), ({"service_tier": "flex"}, True)]
+)
+def test_what_can_wait_costs_half_once(params: dict[str, Any], batch: bool) -> None:
+    assert price_of(llm(price=FILE, params=params), batch=batch) == HALF
+
+
+@pytest.mark.parametrize("tier", ["auto", "default", "priority"])
+def test_other_tiers_are_not_halved(tier: str) -> None:
+    assert price_of(llm(price=FILE, params={"service_tier": tier})) == Price.model_validate(FILE)
+
+
+def test_half_of_the_librarys_price_is_halved_too() -> None:
+    price = price_of(llm(), batch=True)
+
+    assert price is not None
+    assert (price.input, price.cached_input, price.output) == pytest.approx((0.125, 0.0125, 1.0))
+
+
+def test_half_of_nothing_is_free_and_half_of_an_unknown_price_is_unknown() -> None:
+    assert price_of(llm(price=0), batch=True) == Price(input=0, output=0)
+    assert price_of(llm(model="qwen3-our-own-finetune"), batch=True) is None
 
 
 @pytest.mark.parametrize("model", ["offline-stand-in", "qwen3-our-own-finetune", "x"])
@@ -68,3 +96,11 @@ def test_more_cached_input_than_input_gives_nothing_back() -> None:
 
 def test_an_unknown_price_is_no_cost_of_zero() -> None:
     assert cost_usd(Usage(input=1), None) is None
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(None, "an unknown amount"), (0, "$0.00"), (0.0123, "$0.0123"), (31, "$31.00"), (1234.5, "$1,234.50")],
+)
+def test_an_amount_reads_well(amount: float | None, text: str) -> None:
+    assert usd(amount) == text

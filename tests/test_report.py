@@ -21,7 +21,8 @@ from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, T
 from tagger.ledger import SCHEMA, Ledger
 from tagger.plan import plan
 from tagger.report import ErrorCount, Summary, describe, report, summaries
-from tagger.runs import Loaded, Plan, Run, Shard, Snapshot
+from tagger.runs import Estimate, Loaded, Plan, Run, Shard, Snapshot
+from tagger.spend import list_runs
 from tagger.tag import tag
 from tagger.window import Selection
 from tests.databases import make_project, teach
@@ -47,6 +48,8 @@ def prepare(
     new: int = 0,
     shards: int | None = None,
     plan_id: str = "plan",
+    repeated: int = 0,
+    estimate: Estimate | None = None,
 ) -> Run:
     """Returns a run as it is after its plan."""
     run = project.open(run_id)
@@ -69,12 +72,14 @@ def prepare(
         Plan(
             plan_id=plan_id,
             spec_id=SPEC,
-            rows=cached + too_long + new,
+            rows=cached + too_long + new + repeated,
             blank=2,
             texts=cached + too_long + new,
             cached=cached,
             too_long=too_long,
             new=new,
+            estimate=estimate,
+            estimated_usd=estimate.usd if estimate else None,
             shards=[Shard(shard=i + 1, of=count, texts=new // count) for i in range(count)],
             target_rows=0,
             older_spec_rows=0,
@@ -237,6 +242,160 @@ def test_the_saving_is_unknown_where_no_cost_is(project: Project) -> None:
     assert report(run).saved_usd is None
 
 
+def test_rows_that_share_a_text_save_its_mean_cost(project: Project) -> None:
+    run = prepare(project, cached=4, repeated=6)
+    Cache(run.storage, SPEC, "offline-stand-in").write("a" * 32, record(cost_usd=0.25))
+    load(run)
+
+    summary = report(run)
+
+    assert (summary.saved_usd, summary.saved_by_duplicates_usd, summary.total_saved_usd) == (1.0, 1.5, 2.5)
+
+
+BATCH_ROW = {"key": "a", "row_id": "1", "status": "tagged", "requests": 1, "input_tokens": 3000, "output_tokens": 100}
+
+
+def test_a_batch_saves_as_much_as_it_costs(project: Project) -> None:
+    run = prepare(project, new=2)
+    put_attempt(run, 1, "plan", [{**BATCH_ROW, "cached_input_tokens": 0, "cost_usd": 0.25}], asked="batch")
+    put_attempt(run, 2, "plan", [{**BATCH_ROW, "key": "b", "cached_input_tokens": 0, "cost_usd": 1.0}])
+    load(run, tagged=2)
+
+    summary = report(run)
+
+    assert (summary.cost_usd, summary.saved_by_batch_usd, summary.total_saved_usd) == (1.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("asked", "llm", "saved"),
+    [
+        ("online", {"price": {"cached_input": 0.1}}, 2000 * 0.9e-6),
+        ("batch", {"price": {"cached_input": 0.1}}, 1000 * 0.9e-6),
+        ("online", {"price": {"cached_input": 0.1}, "params": {"service_tier": "flex"}}, 1000 * 0.9e-6),
+        ("online", {}, 0),
+        ("online", {"price": None}, None),
+    ],
+    ids=["online", "batch", "flex", "no price of its own", "no price"],
+)
+def test_cached_input_saves_the_difference_at_the_tier_that_was_paid(
+    project: Project, asked: str, llm: dict[str, Any], saved: float | None
+) -> None:
+    project.change(llm=llm)
+    run = prepare(project, new=1)
+    put_attempt(run, 1, "plan", [{**BATCH_ROW, "cached_input_tokens": 2000, "cost_usd": 0.0}], asked=asked)
+    load(run, tagged=1)
+
+    found = report(run).saved_by_prompt_caching_usd
+
+    assert found == (None if saved is None else pytest.approx(saved))
+
+
+@given(
+    counts=st.tuples(*[st.integers(0, 1000)] * 3),
+    mean_cost=st.none() | st.floats(0, 10),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_was_spent_and_saved_is_what_all_rows_would_have_cost(
+    project: Project, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int, int], mean_cost: float | None
+) -> None:
+    cached, repeated, new = counts
+    monkeypatch.setattr("tagger.report.Cache.mean_cost", lambda _: mean_cost)
+    run = prepare(project, next(run_ids), cached=cached, repeated=repeated, new=new)
+    if new:
+        put_attempt(
+            run, 1, "plan", [{**BATCH_ROW, "cached_input_tokens": 0, "cost_usd": mean_cost and new * mean_cost}]
+        )
+    load(run, tagged=new)
+
+    summary = report(run)
+
+    known = mean_cost is not None
+    assert (summary.total_saved_usd is None) == (not known and cached + repeated > 0)
+    assert (summary.cost_usd is None) == (not known and new > 0)
+    if summary.total_saved_usd is not None and summary.cost_usd is not None and mean_cost is not None:
+        assert summary.cost_usd + summary.total_saved_usd == pytest.approx((cached + repeated + new) * mean_cost)
+
+
+# Estimate against actual
+
+
+def estimate(usd: float | None, **changes: Any) -> Estimate:
+    about: dict[str, Any] = {"low_usd": usd and usd * 0.5, "high_usd": usd and usd * 2, "basis": "records"}
+    defaults = dict.fromkeys(("texts", "input_tokens", "cached_input_tokens", "output_tokens"), 0)
+    return Estimate(**defaults | about | {"usd": usd, "seconds": None} | changes)
+
+
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [
+        (estimate(0.003), "$0.0040 spent (estimated $0.0030, 25 % less; $0.0015 to $0.0060 by the spec's records), "),
+        (
+            estimate(0.05, basis="lengths"),
+            "$0.0040 spent (estimated $0.0500, 1,150 % more; $0.0250 to $0.1000 by the texts' lengths alone), ",
+        ),
+        (estimate(0.004), "$0.0040 spent (estimated $0.0040, less than 1 % off; "),
+        (estimate(0.0), "$0.0040 spent (estimated $0.00, 100 % less), "),
+        (estimate(None), "$0.0040 spent, "),
+        (None, "$0.0040 spent, "),
+    ],
+    ids=["less", "more", "right", "nothing", "no price", "old plan"],
+)
+def test_the_cost_is_told_beside_its_estimate(project: Project, expected: Estimate | None, words: str) -> None:
+    run = prepare(project, new=2, estimate=expected)
+    attempt(run, TAGGED, FAILED)
+    load(run, tagged=1, failed=1)
+
+    verdict(run)
+
+    summary = project.summary(run)
+    assert summary.estimate == expected
+    assert f"  cost     {words}" in describe(summary)[4]
+
+
+def test_a_run_that_left_texts_out_says_nothing_of_its_estimate(project: Project) -> None:
+    run = prepare(project, new=2, estimate=estimate(1.0))
+    attempt(run, TAGGED, breaks="budget reached")
+    load(run, tagged=1, skipped=1)
+
+    verdict(run)
+
+    summary = project.summary(run)
+    assert summary.estimate_error is None
+    assert "(estimated $1.00; " in describe(summary)[4]
+
+
+def test_an_estimate_is_compared_with_what_its_own_plan_cost(project: Project) -> None:
+    run = prepare(project, new=1, estimate=estimate(0.004))
+    attempt(run, TAGGED, TAGGED, plan_id="before")
+    attempt(run, TAGGED)
+    load(run, tagged=1)
+
+    summary = report(run)
+
+    assert summary.estimate_error == pytest.approx(1.0)
+    assert (
+        "$0.0060 spent, $0.0040 of it on earlier plans of the run (estimated $0.0040 for the rest, 100 % more; "
+        in (describe(summary)[4])
+    )
+
+
+def test_a_first_run_and_a_second_are_compared_with_their_estimates(project: Project) -> None:
+    for row_id in range(20):
+        project.put(row_id, f"apple number {row_id}")
+    assert project.run("one").estimate_error is not None
+    for row_id in range(20, 40):
+        project.put(row_id, f"apple number {row_id}")
+
+    second = project.run("two")
+
+    assert second.estimate_error is not None
+    assert abs(second.estimate_error) < 0.1
+    assert (second.saved_usd or 0) > 0
+
+
+# Errors
+
+
 def test_errors_are_counted_by_kind_with_a_row(project: Project) -> None:
     project.change(limits={"max_failed_fraction": 1})
     run = prepare(project, new=5)
@@ -362,19 +521,23 @@ def test_the_summary_has_all_that_the_design_names_and_is_written(project: Proje
             "skipped",
             "pending",
         ),
-        *("llm_requests", "input_tokens", "cached_input_tokens", "output_tokens", "estimated_usd"),
-        *("cost_usd", "saved_usd", "seconds", "tags", "errors"),
+        *("llm_requests", "input_tokens", "cached_input_tokens", "output_tokens"),
+        *("estimate", "estimated_usd", "estimate_error", "cost_usd", "earlier_plans_usd"),
+        *("saved_usd", "saved_by_duplicates_usd", "saved_by_batch_usd", "saved_by_prompt_caching_usd"),
+        *("seconds", "tags", "errors", "attempts"),
     ]
     assert project.summary(project.open("one")) == summary
     assert (summary.dataset, summary.run_id, summary.mode, summary.state) == ("notes", "one", "online", "success")
     assert summary.started_at < summary.finished_at
 
 
-def put_attempt(run: Run, number: int, plan_id: str, rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA) -> str:
+def put_attempt(
+    run: Run, number: int, plan_id: str, rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA, **about_it: str
+) -> str:
     """Writes an attempt's file directly, and returns its path. Attempts start in the order of their numbers."""
     started = NOON + timedelta(minutes=number)
     about = {"plan_id": plan_id, "state": "done", "reason": None, "started_at": started.isoformat()}
-    about["ended_at"] = (started + timedelta(seconds=30)).isoformat()
+    about |= {"ended_at": (started + timedelta(seconds=30)).isoformat(), **about_it}
     body = io.BytesIO()
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"tagger": json.dumps(about)}))
     pq.write_table(table, body, compression="zstd", row_group_size=3)
@@ -416,7 +579,12 @@ def test_the_figures_are_those_of_a_plain_count(
     for figure, column in (("llm_requests", "requests"), *((n, n) for n in SCHEMA.names if n.endswith("_tokens"))):
         assert getattr(summary, figure) == sum(row[column] for row in every)
     costs = [row["cost_usd"] for row in every]
-    assert summary.cost_usd == (None if None in costs else sum(costs))
+    assert summary.cost_usd == (None if None in costs else pytest.approx(sum(costs)))
+    of_plan = {
+        plan_id: [row["cost_usd"] for p, texts in attempts if p == plan_id for row in texts.values()]
+        for plan_id in ("plan", "before")
+    }
+    assert summary.earlier_plans_usd == (None if None in of_plan["before"] else pytest.approx(sum(of_plan["before"])))
     last: dict[int, dict[str, Any]] = {}
     for plan_id, texts in attempts:
         for text, row in texts.items():
@@ -480,6 +648,14 @@ def test_a_shard_that_did_not_start_fails_the_run(project: Project) -> None:
     load(run, tagged=2, skipped=2)
 
     assert verdict(run) == "shard 2/2 · 2 texts: did not start"
+
+
+def test_a_batch_that_was_not_collected_fails_the_run(project: Project) -> None:
+    run = prepare(project, new=1)
+    put_attempt(run, 1, "plan", [], asked="batch", state="running")
+    load(run, pending=1)
+
+    assert verdict(run) == "shard 1/1 · 1 texts: its batch was not collected"
 
 
 def test_an_attempt_of_an_earlier_plan_does_not_count_as_a_start(project: Project) -> None:
@@ -609,7 +785,7 @@ def test_a_summary_reads_well(project: Project, caplog: pytest.LogCaptureFixture
         "  rows     1,237 with a text, 2 blank",
         "  texts    1,237 distinct: 1,234 cached, 1 tagged, 1 refused, 1 failed, 0 skipped, 0 pending",
         "  LLM      3 requests, 3,000 tokens in (1,200 cached), 300 out, offline-stand-in",
-        "  cost     $0.0060 spent, an unknown amount saved by the cache",
+        "  cost     $0.0060 spent, an unknown amount saved",
     ]
     assert lines[5].startswith("  seconds  snapshot 1.5, plan 2.5, tag ")
     assert lines[6:] == [
@@ -617,6 +793,37 @@ def test_a_summary_reads_well(project: Project, caplog: pytest.LogCaptureFixture
         "  errors   timeout 1 (such as row row-1), refusal 1 (such as row row-2)",
     ]
     assert [line for line in lines if line not in caplog.text] == []
+
+
+def test_what_was_saved_is_told_by_its_parts(project: Project) -> None:
+    project.change(llm={"price": {"cached_input": 0.5}})
+    run = prepare(project, cached=10, new=2, repeated=1)
+    Cache(run.storage, SPEC, "offline-stand-in").write("a" * 32, record(cost_usd=2.0))
+    put_attempt(run, 1, "plan", [{**BATCH_ROW, "cached_input_tokens": 2000, "cost_usd": 0.25}], asked="batch")
+    load(run, tagged=2)
+
+    assert describe(report(run))[4:6] == [
+        "  cost     $0.2500 spent, $22.25 saved",
+        "  saved    $20.00 by the cache, $2.00 by duplicates, $0.2500 by the Batch API, $0.0005 by prompt caching",
+    ]
+
+
+def test_a_summary_of_an_earlier_version_is_read(project: Project) -> None:
+    run = prepare(project, cached=3)
+    load(run)
+    written = json.loads(report(run).model_dump_json())
+    new = ("estimate", "estimate_error", "earlier_plans_usd", "attempts")
+    for name in [name for name in written if name in new or name.startswith("saved_by_")]:
+        del written[name]
+    written |= {"saved_usd": 0.5, "cost_usd": 0.25, "estimated_usd": 0.25}
+    run.storage.put(f"{run.files}summary.json", json.dumps(written).encode())
+
+    [summary] = summaries(list_runs(run.storage, "notes"))
+
+    assert describe(summary)[4:6] == [
+        "  cost     $0.2500 spent (estimated $0.2500), $0.5000 saved",
+        "  saved    $0.5000 by the cache",
+    ]
 
 
 def test_summaries_come_oldest_first_and_of_one_dataset(project: Project) -> None:
@@ -628,13 +835,13 @@ def test_summaries_come_oldest_first_and_of_one_dataset(project: Project) -> Non
     other.write("summary.json", project.summary(project.open("a")))
     project.take("not-finished")
 
-    found = summaries(project.open("x").storage, "notes")
+    found = summaries(list_runs(project.open("x").storage, "notes"))
 
     assert [summary.run_id for summary in found] == ["b", "a", "scheduled__2026-07-01T00:00:00+00:00"]
 
 
 def test_a_dataset_without_runs_has_no_summaries(project: Project) -> None:
-    assert summaries(project.open("x").storage, "notes") == []
+    assert summaries(list_runs(project.open("x").storage, "notes")) == []
 
 
 def test_a_run_reported_again_replaces_its_summary(project: Project) -> None:

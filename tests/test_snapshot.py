@@ -447,8 +447,15 @@ def test_a_single_day_takes_no_unfinished_rows(waiting: Project) -> None:
     assert ids(waiting.take(day=MIDNIGHT.date() - timedelta(days=1))) == {5}
 
 
-def test_all_rows_are_taken_once_each(waiting: Project) -> None:
-    assert [row_id for row_id, _ in rows(waiting.take(all_rows=True))] == [0, 1, 2, 3, 4, 5]
+def test_all_rows_are_taken_once_each_and_those_that_wait_come_first(waiting: Project) -> None:
+    assert [row_id for row_id, _ in rows(waiting.take(all_rows=True))] == [2, 3, 4, 5, 0, 1]
+
+
+def test_rows_that_wait_come_before_those_of_the_window(waiting: Project) -> None:
+    for row_id in (0, 7):
+        waiting.put(row_id, "apple", "2026-07-01 12:00:00+00:00")
+
+    assert [row_id for row_id, _ in rows(waiting.take(end=MIDNIGHT))] == [2, 3, 4, 5, 0, 7]
 
 
 def test_an_unfinished_row_that_is_gone_is_left_alone(waiting: Project) -> None:

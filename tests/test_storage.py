@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,21 @@ def test_list_of_nothing_is_empty(storage: Storage) -> None:
     assert list(storage.list("nothing/")) == []
 
 
+def test_a_version_tells_when_an_object_was_written_and_whether_it_is_another_one(storage: Storage) -> None:
+    for path in ("run/a", "run/b", "other"):
+        storage.put(path, b"x")
+    before = {version.path: version for version in storage.list_versions("run/")}
+    storage.put("run/b", b"y")
+
+    after = {version.path: version for version in storage.list_versions("run/")}
+
+    assert list(before) == list(after) == ["run/a", "run/b"]
+    assert abs(before["run/a"].written_at - datetime.now(UTC)) < timedelta(seconds=30)
+    assert after["run/a"] == before["run/a"]
+    assert after["run/b"].etag != before["run/b"].etag
+    assert after["run/b"].written_at >= before["run/b"].written_at
+
+
 def test_prefixes_need_not_end_at_a_slash(storage: Storage) -> None:
     for path in ("run/shard-1-1", "run/shard-1-2", "run/shard-11-1"):
         storage.put(path, b"x")
@@ -158,11 +174,12 @@ def test_a_page_is_boto3s_own_but_for_what_is_not_needed_of_its_objects(s3_bucke
 
     assert len(pages) == len(ODD_NAMES) / 2
     for page, expected in zip(pages, of_boto3, strict=True):
-        contents = [{"Key": item["Key"], "Size": item["Size"]} for item in expected["Contents"]]
         rest = dict.fromkeys(("ResponseMetadata", "Contents"))
         assert page | rest == {**expected} | rest
         # had boto3's own parser been at work, there would be more
-        assert page["Contents"] == contents
+        assert [
+            {**item, "LastModified": datetime.fromisoformat(item["LastModified"])} for item in page["Contents"]
+        ] == [{name: item[name] for name in ("Key", "Size", "LastModified", "ETag")} for item in expected["Contents"]]
 
 
 OBJECT = b"<Contents><Key>%b</Key><Size>%d</Size></Contents>"

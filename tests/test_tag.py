@@ -635,7 +635,7 @@ def test_a_spent_budget_stops_within_the_calls_in_flight(project: Project, llm: 
 def test_the_budget_is_overshot_by_the_calls_in_flight_at_most(
     project: Project, llm: StandIn, concurrency: int
 ) -> None:
-    put_texts(project, 60)
+    put_texts(project, 40)
     with_budget(project, llm, 0.0095)
     project.change(llm={"concurrency": concurrency})
     run = planned(project)
@@ -978,6 +978,7 @@ def test_the_record_has_this_form(project: Project, llm: StandIn) -> None:
         "cost_usd": pytest.approx((176 * 1.0 + 1024 * 0.1 + 8 * 10.0) / 1e6),
         "finish_reason": "stop",
         "asked": "online",
+        "chars": {"narrow": len(f"a zebra and {SECRET}"), "wide": 0},
     }
     assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
 

@@ -250,7 +250,7 @@ def _counts(summary: "Summary") -> dict[str, str]:
         **{f"  {status}": f"{getattr(summary, status):,}" for status in statuses},
         "Requests": f"{summary.llm_requests:,}",
         "Cost": usd(summary.cost_usd),
-        "Saved": usd(summary.saved_usd),
+        "Saved": usd(summary.total_saved_usd),
     }
 
 

@@ -1,5 +1,7 @@
 """Connections as Airflow has them: environment, secrets backends, metadata database."""
 
+from typing import Any
+
 from tagger.connections import Connection
 
 
@@ -9,9 +11,13 @@ def connections_from_airflow(conn_id: str) -> Connection | None:
     from airflow.sdk.exceptions import AirflowNotFoundException
 
     try:
-        found = AirflowConnection.get(conn_id)
+        return converted(conn_id, AirflowConnection.get(conn_id))
     except AirflowNotFoundException:
         return None
+
+
+def converted(conn_id: str, found: Any) -> Connection:
+    """Return an Airflow connection as ours."""
     return Connection(
         conn_id,
         found.conn_type,

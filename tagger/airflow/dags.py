@@ -13,6 +13,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from tagger.airflow import docs, steps
 from tagger.airflow.alerts import RunFailedMail, deadline_alert
+from tagger.airflow.batch import TagBatch
 from tagger.airflow.params import params
 from tagger.dataset import Alerts, AssetSchedule, Dataset
 from tagger.dataset_files import dataset_files, load_datasets, read_yaml
@@ -73,11 +74,9 @@ def _tasks(dataset: Dataset, path: Path) -> None:
     def plan() -> list[dict[str, Any]]:
         return steps.plan()
 
-    @task(
-        **_settings(dataset, "tag"),
-        pool=dataset.llm.pool,
-        map_index_template="{{ task.op_kwargs['shard']['name'] }}",
-    )
+    of_tag = _settings(dataset, "tag") | {"pool": dataset.llm.pool}
+
+    @task(**of_tag, map_index_template="{{ task.op_kwargs['shard']['name'] }}")
     def tag(shard: dict[str, Any]) -> dict[str, int]:
         return steps.tag(shard["shard"])
 
@@ -93,7 +92,13 @@ def _tasks(dataset: Dataset, path: Path) -> None:
     planned = plan()
     loaded = load_back()
     snapshot() >> planned
-    tag.expand(shard=planned) >> _join("shards_ended") >> loaded
+    ended = _join("shards_ended")
+    if dataset.llm.mode == "batch":
+        batch = TagBatch.partial(task_id="tag", map_index_template="{{ task.shard['name'] }}", **of_tag)
+        batch.expand(shard=planned) >> ended
+    else:
+        tag.expand(shard=planned) >> ended
+    ended >> loaded
     planned >> loaded >> _join("load_ended") >> (reported := report())
     planned >> reported
 

@@ -30,7 +30,8 @@ many are new, and what they will cost.
 **It fails** when storage or target is away, or when a cost limit is set and the model's price is not known. Nothing is
 paid for yet. Mend it, then clear this task.""",
     "tag": """Asks the LLM for the tags of one shard's texts; each answer is written to the cache at once. Single texts
-that fail do not fail the shard.
+that fail do not fail the shard. With `llm.mode: batch` it hands them to the Batch API, and is *deferred* for up to 24
+hours while the provider works; a try after that goes on with the batch in flight and hands nothing over twice.
 
 **It fails** when the endpoint refuses every call (wrong key, unknown model, no quota), when the budget is spent, or
 when storage is away. The texts not asked become `skipped`. Mend the cause, then clear this task with what follows it:

@@ -50,6 +50,18 @@ def plan() -> list[dict[str, Any]]:
         return [{"shard": shard.shard, "name": shard.name} for shard in planned.shards]
 
 
+def hand_over(shard: int) -> tuple[str, list[str]]:
+    """Hand a shard to the Batch API; return the LLM's connection, and the batches that have not ended."""
+    from tagger.batch import shard_batches
+
+    with _airflow_errors():
+        run = _run()
+        with shard_batches(run, shard, connections_from_airflow) as batches:
+            batches.hand_over()
+            waiting = batches.waiting()
+        return run.dataset().llm.conn_id, [batch.remote for batch, _ in waiting if batch.remote is not None]
+
+
 def tag(shard: int) -> dict[str, int]:
     """Tag a shard; return the number of its texts by status."""
     from tagger import tag as step

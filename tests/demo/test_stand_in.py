@@ -320,9 +320,13 @@ def test_stats(llm: StandIn) -> None:
     assert stats == {
         "calls": 2,
         "by_status": {"200": 1, "400": 1},
+        "asked": {"online": 2},
         "max_in_flight": 1,
         "prompt_tokens": answer.usage.prompt_tokens,
         "completion_tokens": answer.usage.completion_tokens,
+        "files": 0,
+        "batches": 0,
+        "routes": {"POST /v1/chat/completions": 2},
     }
 
 

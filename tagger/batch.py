@@ -1,0 +1,342 @@
+"""`mode: batch`: a shard's texts are handed to the Batch API, and its answers collected into their records.
+
+Each step can be done again after a kill at any moment: what is intended is written before the paid call, a batch whose
+creation got no answer is found by the name that the provider keeps with it, and its answers are booked in one and the
+same shard file however often they are collected.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from tagger.batch_answers import Answers
+from tagger.batch_api import ENDPOINT, BatchAPI, State
+from tagger.batches import Batch, Batches, HandedOver
+from tagger.cache import Cache, Chars
+from tagger.connections import Connections, openai_client
+from tagger.exceptions import InputError, LLMStopped, RunFailed
+from tagger.ledger import BatchBooks, Ledger, attempt_files
+from tagger.price import price_of
+from tagger.prompt import messages, response_format
+from tagger.runs import Run, disk_errors, opened_parquet, shard_path, utc_now
+from tagger.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 50_000
+MAX_BYTES = 199_000_000
+"""Of one batch: the API's limits are 50,000 requests and 200 MB."""
+
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 2.0, 60.0
+
+LOST_AFTER = timedelta(hours=25)
+"""A batch ends within 24 hours: what is older and not at the provider was never created."""
+
+NO_PARAMS = frozenset({"extra_body", "extra_headers", "extra_query", "timeout"})
+"""Arguments of the SDK's that are no part of a request's body."""
+
+
+class Text(NamedTuple):
+    """A new text of a shard."""
+
+    key: str
+    row_id: str
+    text: str
+
+
+class Requests(NamedTuple):
+    """A file of requests, and what is kept of their texts, by key."""
+
+    file: Path
+    texts: dict[str, HandedOver]
+
+
+class ShardBatches:
+    """The batches of one shard of a run."""
+
+    def __init__(self, run: Run, number: int, api: BatchAPI) -> None:
+        self._run = run
+        self._number = number
+        self._api = api
+        self._dataset, self._plan = run.dataset(), run.plan()
+        self._batches = Batches(run.storage, self._plan.spec_id)
+
+    def own(self) -> list[Batch]:
+        """Return them, oldest first; those of other plans of the run are not among them."""
+        return [batch for batch in self._batches.all() if batch.is_of(self._run, self._plan.plan_id, self._number)]
+
+    def hand_over(self) -> None:
+        """Hand the shard's texts over, those aside that were handed over, by whatever run, or have a record."""
+        for batch in self.own():
+            if batch.remote is None:
+                self._find_or_create(batch)
+        known = self._known()
+        with closing(self._requests(lambda key: key not in known)) as files:
+            for requests in files:
+                self._create(self._uploaded(self._intend(requests.texts), requests.file))
+
+    def waiting(self) -> list[tuple[Batch, State]]:
+        """Return those that have not ended."""
+        states = (
+            (batch, self._api.state(batch.remote)) for batch in self.own() if batch.remote and not batch.collected
+        )
+        return [(batch, state) for batch, state in states if not state.ended]
+
+    def collect(self) -> None:
+        """Collect the answers of all of them."""
+        for batch in self.own():
+            collect(batch, self._batches, self._api)
+
+    def pending(self) -> set[str]:
+        """Return the keys of texts in batches whose answers are not collected, of whatever run of the spec."""
+        return self._batches.keys(self._batches.unfinished())
+
+    def forget(self) -> None:
+        """Forget them: what they left is in the cache and the books."""
+        for batch in self.own():
+            self._batches.remove(batch)
+
+    def _known(self) -> set[str]:
+        known = self._batches.keys(self.own()) | self.pending()
+        if next(attempt_files(self._run, self._number), None) is not None:  # else the plan has just asked the cache
+            cache = Cache(self._run.storage, self._plan.spec_id, self._dataset.llm.model)
+            known |= cache.find({text.key for text in self._texts()} - known)
+        return known
+
+    def _intend(self, texts: dict[str, HandedOver]) -> Batch:
+        now = utc_now()
+        batch = Batch(
+            batch=uuid.uuid4().hex[:16],
+            dataset=self._run.dataset_name,
+            run_id=self._run.run_id,
+            plan_id=self._plan.plan_id,
+            shard=self._number,
+            conn_id=self._dataset.llm.conn_id,
+            requests=len(texts),
+            books=Ledger(self._run, self._plan.plan_id, self._number, None, BatchBooks("", now)).create(),
+            intended_at=now,
+        )
+        self._batches.add(batch, texts)
+        return batch
+
+    def _find_or_create(self, batch: Batch) -> None:
+        remote = self._api.find(batch)
+        if remote is not None:
+            self._save(batch, remote=remote)
+            return
+        if batch.input_file is None and (found := self._api.find_file(batch)) is not None:
+            batch = self._save(batch, input_file=found)
+        if batch.input_file is None:
+            keys = self._batches.texts(batch)
+            with closing(self._requests(keys.__contains__)) as files:
+                batch = self._uploaded(batch, next(files).file)
+        self._create(batch)
+
+    def _uploaded(self, batch: Batch, file: Path) -> Batch:
+        return self._save(batch, input_file=self._api.upload(file, batch))
+
+    def _create(self, batch: Batch) -> None:
+        assert batch.input_file is not None
+        remote = self._api.create(batch, batch.input_file)
+        self._save(batch, remote=remote)
+        logger.info("%d texts are handed to the Batch API as %s: half the price, within 24 h", batch.requests, remote)
+
+    def _save(self, batch: Batch, **changes: str) -> Batch:
+        changed = batch.model_copy(update=changes)
+        self._batches.write(changed)
+        return changed
+
+    def _texts(self) -> Iterator[Text]:
+        with opened_parquet(self._run.storage, shard_path(self._run, self._plan.plan_id, self._number)) as file:
+            for part in file.iter_batches(batch_size=500):
+                for columns in zip(*(part.column(name).to_pylist() for name in Text._fields), strict=True):
+                    yield Text(*columns)
+
+    def _requests(self, wanted: Callable[[str], bool]) -> Generator[Requests]:
+        """Yield the requests of the texts with a wanted key, in files within the API's limits.
+
+        A file is gone when the next is asked for. A text that cannot be encoded is left out.
+        """
+        lines = self._lines(wanted)
+        next_line = next(lines, None)
+        with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
+            file = Path(folder, "requests.jsonl")
+            while next_line is not None:
+                texts: dict[str, HandedOver] = {}
+                with file.open("wb") as requests:
+                    while next_line is not None and len(texts) < MAX_REQUESTS:
+                        text, line = next_line
+                        if texts and requests.tell() + len(line) > MAX_BYTES:
+                            break
+                        requests.write(line)
+                        chars = Chars.of(text.text)
+                        texts[text.key] = HandedOver(text.row_id, chars.narrow, chars.wide)
+                        next_line = next(lines, None)
+                yield Requests(file, texts)
+
+    def _lines(self, wanted: Callable[[str], bool]) -> Iterator[tuple[Text, bytes]]:
+        llm = self._dataset.llm
+        params = {k: v for k, v in llm.params.items() if k not in NO_PARAMS} | llm.params.get("extra_body", {})
+        form = {"model": llm.model, "response_format": response_format(self._dataset)} | params
+        for text in self._texts():
+            if wanted(text.key):
+                body = {"messages": messages(self._dataset, text.key, text.text)} | form
+                request = {"custom_id": text.key, "method": "POST", "url": ENDPOINT, "body": body}
+                try:
+                    line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
+                except UnicodeEncodeError:
+                    continue
+                yield text, line
+
+
+@contextmanager
+def shard_batches(run: Run, number: int, connections: Connections) -> Iterator[ShardBatches]:
+    """Yield the batches of a shard, over the dataset's connection."""
+    with closing(openai_client(run.dataset().llm.conn_id, connections)) as client:
+        yield ShardBatches(run, number, BatchAPI(client))
+
+
+@contextmanager
+def collected(run: Run, number: int, connections: Connections) -> Iterator[set[str]]:
+    """Collect a shard's batches, and forget them when the block ends without an error.
+
+    Yields the keys of texts that are pending in batches of others.
+
+    Raises:
+        RunFailed: one of them has not ended.
+    """
+    with shard_batches(run, number, connections) as batches:
+        batches.hand_over()
+        batches.collect()
+        yield batches.pending()
+        batches.forget()
+
+
+def collect(batch: Batch, batches: Batches, api: BatchAPI) -> None:
+    """Write a batch's answers into their records and book them, then have the provider delete its files.
+
+    Raises:
+        RunFailed: the batch has not ended.
+    """
+    assert batch.remote is not None
+    state = api.state(batch.remote)
+    if not state.ended:
+        raise RunFailed(
+            f"the batch {batch.remote} has not ended ({state.status}, {state.done} of {batch.requests} requests): its "
+            "texts are pending, and a later run collects their answers"
+        )
+    if not batch.collected:
+        with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
+            files = [Path(folder, str(i)) for i in range(len(state.files))]
+            missing = [file_id for file_id, to in zip(state.files, files, strict=True) if not api.download(file_id, to)]
+            latest = batches.read(batch)
+            if latest is None or latest.collected:  # by another run, which has the files deleted
+                return
+            if missing:
+                logger.warning("batch %s: %s is not at the provider any more", batch.remote, ", ".join(missing))
+            _book(batch, batches, state, [file for file in files if file.exists()])
+        batches.write(batch.model_copy(update={"collected": True}))
+    for file_id in (batch.input_file, *state.files):
+        if file_id is not None:
+            api.delete(file_id)
+
+
+def _book(batch: Batch, batches: Batches, state: State, files: list[Path]) -> None:
+    run = Run(batches.storage, batch.dataset, batch.run_id)
+    dataset = run.dataset()
+    cache = Cache(run.storage, batches.spec, dataset.llm.model)
+    price = price_of(dataset.llm, batch=True)
+    with Ledger(run, batch.plan_id, batch.shard, price, batch.ledger) as ledger:
+        answers = Answers(dataset, batches.texts(batch), cache, ledger)
+        for file in files:
+            answers.read(file)
+        answers.end(state)
+    logger.info("batch %s %s: %s", batch.remote, state.status, answers.describe())
+
+
+def settle(storage: Storage, spec: str, connections: Connections) -> list[tuple[Batch, State | None]]:
+    """Collect what has ended of a spec's batches, of whatever run; return the others, with their state if it is known.
+
+    One that cannot be looked at now counts as one that has not ended.
+    """
+    batches, unfinished = Batches(storage, spec), []
+    for batch in batches.unfinished():
+        state = None
+        try:
+            with closing(openai_client(batch.conn_id, connections)) as client:
+                is_settled, state = _settle(batch, batches, BatchAPI(client))
+            if is_settled:
+                continue
+        except (LLMStopped, InputError) as e:
+            logger.warning("batch %s: %s; its texts stay pending", batch.remote or batch.batch, e)
+        unfinished.append((batch, state))
+    return unfinished
+
+
+def _settle(batch: Batch, batches: Batches, api: BatchAPI) -> tuple[bool, State | None]:
+    """Return whether a batch is collected or given up, and where it is."""
+    if batch.remote is None:
+        remote = api.find(batch)
+        if remote is None:
+            is_lost = utc_now() - batch.intended_at > LOST_AFTER
+            if is_lost:
+                if (file := batch.input_file or api.find_file(batch)) is not None:
+                    api.delete(file)
+                batches.remove(batch)
+            return is_lost, None
+        batch = batch.model_copy(update={"remote": remote})
+        batches.write(batch)
+    assert batch.remote is not None
+    state = api.state(batch.remote)
+    if state.ended:
+        collect(batch, batches, api)
+    return state.ended, state
+
+
+def wait_for_shards(run: Run, numbers: Iterable[int], connections: Connections) -> None:
+    """Hand shards over, and wait until all their batches have ended."""
+    with closing(openai_client(run.dataset().llm.conn_id, connections)) as client:
+        shards = [ShardBatches(run, number, BatchAPI(client)) for number in numbers]
+        for shard in shards:
+            shard.hand_over()
+        _wait(lambda: [waiting for shard in shards for waiting in shard.waiting()])
+
+
+def wait_for_others(run: Run, spec: str, connections: Connections) -> None:
+    """Wait until all batches of a spec that can be looked at have ended, and collect them."""
+
+    def look() -> list[tuple[Batch, State]]:
+        return [(batch, state) for batch, state in settle(run.storage, spec, connections) if state is not None]
+
+    _wait(look)
+
+
+def _wait(look: Callable[[], list[tuple[Batch, State]]]) -> None:
+    """Wait until `look` finds no batch that has not ended, and show how far they are."""
+    from tqdm import tqdm
+
+    pause, total, logged = FIRST_POLL_SECONDS, 0, 0.0
+    form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} requests, {elapsed}"
+    try:
+        with tqdm(disable=not sys.stderr.isatty(), desc="batch", bar_format=form, dynamic_ncols=True) as bar:
+            while waiting := look():
+                total = max(total, sum(batch.requests for batch, _ in waiting))
+                done = total - sum(batch.requests - state.done for batch, state in waiting)
+                bar.total, bar.n = total, done
+                bar.set_description_str(f"batch {waiting[0][1].status}")
+                if bar.disable and time.monotonic() - logged >= LONGEST_POLL_SECONDS:
+                    logged = time.monotonic()
+                    logger.info("waiting for %d batches: %d of %d requests done", len(waiting), done, total)
+                time.sleep(pause)
+                pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
+    except KeyboardInterrupt:
+        logger.info("the batch goes on at the provider; the next call waits for it and collects its answers")
+        raise

@@ -1,0 +1,189 @@
+"""The provider's Batch API: files of requests go up, files of answers come down within 24 hours, at half the price."""
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import openai
+
+from tagger.batches import Batch
+from tagger.completion import paren
+from tagger.exceptions import LLMStopped, LLMUnreachable
+
+T = TypeVar("T")
+
+ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+
+METADATA = "tagger"
+"""Key of the batch's metadata under which our name of it stands."""
+
+TRIES = 5
+"""Of a request that is free, by the SDK, as the server says or with growing waits."""
+
+LOOK_UP_AFTER = (2.0, 10.0, 30.0)
+"""Seconds from a try to create a batch that got no answer to the look whether it is there all the same."""
+
+CLOCKS_DIFFER = 3600.0
+"""Seconds by which the provider's clock may be behind ours."""
+
+IN_PROGRESS = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+
+
+class Gone(Exception):
+    """The endpoint knows no such file or batch, or no Batch API."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a batch is at the provider."""
+
+    status: str
+    done: int
+    """Requests that have an answer or an error."""
+    files: list[str]
+    """The files of answers and of errors."""
+    reason: str | None
+    """The provider's code for why it failed as a whole."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further answer will come."""
+        return self.status not in IN_PROGRESS
+
+
+class BatchAPI:
+    """Files and batches at the endpoint of a client.
+
+    Raises (all methods):
+        LLMStopped: the endpoint refuses the request, or has no Batch API.
+        LLMUnreachable: it does not answer, or not now.
+    """
+
+    def __init__(self, client: openai.OpenAI) -> None:
+        self._client = client
+        self._free = client.with_options(max_retries=TRIES)
+        self._endpoint = f"LLM endpoint {client.base_url.copy_with(userinfo=b'', query=None)}"
+
+    def upload(self, file: Path, batch: Batch) -> str:
+        """Upload a batch's requests; return the provider's name of the file."""
+
+        def upload() -> str:
+            with file.open("rb") as body:
+                return self._free.files.create(file=(batch.file_name, body), purpose="batch").id
+
+        return self._ask_at_start(upload)
+
+    def find_file(self, batch: Batch) -> str | None:
+        """Return the file of a batch's requests, where an earlier try uploaded it."""
+
+        def find() -> str | None:
+            files = self._free.files.list(purpose="batch", order="desc")
+            return next((file.id for file in files if file.filename == batch.file_name), None)
+
+        return self._ask_at_start(find)
+
+    def create(self, batch: Batch, input_file: str) -> str:
+        """Create a batch of its uploaded requests, which is the paid call; return the provider's name of it.
+
+        Where no answer comes, the batch is looked for before it is created again.
+        """
+
+        def create() -> str:
+            made = self._client.batches.create(
+                input_file_id=input_file,
+                endpoint=ENDPOINT,
+                completion_window="24h",
+                metadata={METADATA: batch.batch},
+            )
+            return made.id
+
+        for wait in LOOK_UP_AFTER:
+            try:
+                return self._ask_at_start(create)
+            except LLMUnreachable:
+                time.sleep(wait)
+            if (found := self.find(batch)) is not None:
+                return found
+        return self._ask_at_start(create)
+
+    def find(self, batch: Batch) -> str | None:
+        """Return the provider's name of a batch that an earlier try may have created."""
+        since = batch.intended_at.timestamp() - CLOCKS_DIFFER
+
+        def find() -> str | None:
+            for remote in self._free.batches.list(limit=100):
+                if (remote.metadata or {}).get(METADATA) == batch.batch:
+                    return remote.id
+                if remote.created_at < since:  # they come newest first
+                    break
+            return None
+
+        return self._ask_at_start(find)
+
+    def state(self, remote: str) -> State:
+        """Return where a batch is."""
+        try:
+            found = self._ask(lambda: self._free.batches.retrieve(remote))
+            counts, errors = found.request_counts, found.errors.data if found.errors else None
+            code = str(errors[0].code) if errors else ""
+            return State(
+                status=str(found.status),
+                done=counts.completed + counts.failed if counts else 0,
+                files=[file for file in (found.output_file_id, found.error_file_id) if file],
+                reason=code if re.fullmatch("[a-z_]{1,40}", code) else None,
+            )
+        except Gone:
+            pass
+        raise LLMStopped(f"{self._endpoint} does not know the batch {remote}", at_start=False)
+
+    def download(self, file_id: str, to: Path) -> bool:
+        """Download a file; return whether it is there."""
+        try:
+            self._ask(lambda: self._free.files.content(file_id).write_to_file(to))
+        except Gone:
+            return False
+        return True
+
+    def delete(self, file_id: str) -> None:
+        """Delete a file, unless it is gone."""
+        with suppress(Gone):
+            self._ask(lambda: self._free.files.delete(file_id))
+
+    def _ask_at_start(self, request: Callable[[], T]) -> T:
+        try:
+            return self._ask(request, at_start=True)
+        except Gone:
+            pass
+        raise LLMStopped(
+            f"{self._endpoint} has no Batch API (HTTP 404): set `llm.mode: online` in the dataset file", at_start=True
+        )
+
+    def _ask(self, request: Callable[[], T], *, at_start: bool = False) -> T:
+        """Make a request. No error of the SDK leaves it, not even as the context of one of ours."""
+        try:
+            return request()
+        except openai.APIStatusError as e:
+            error = self._of_status(e, at_start)
+        except openai.APIConnectionError as e:  # time-outs are one of them
+            error = LLMUnreachable(f"{self._endpoint} does not answer ({type(e).__name__})", at_start=at_start)
+        except (openai.APIResponseValidationError, AttributeError, TypeError, ValueError):
+            error = LLMStopped(f"{self._endpoint}: its answer is none of the Batch API", at_start=at_start)
+        raise error
+
+    def _of_status(self, error: openai.APIStatusError, at_start: bool) -> Exception:
+        status, code = error.status_code, str(error.code or "")
+        said = f" (HTTP {status}{paren(code)})"
+        if status == 404:
+            return Gone()
+        if status in (401, 403):
+            return LLMStopped(f"{self._endpoint} refuses the API key{said}", at_start=at_start)
+        if status == 429 and ("insufficient_quota" in code or "billing" in code):
+            return LLMStopped(f"{self._endpoint}: the account's quota is exhausted{said}", at_start=at_start)
+        is_new_file = status == 400 and error.param == "file_id"  # uploaded moments ago, and not to be seen everywhere
+        if status in (408, 409, 429) or status >= 500 or is_new_file:
+            return LLMUnreachable(f"{self._endpoint} does not take the batch now{said}", at_start=at_start)
+        return LLMStopped(f"{self._endpoint} does not take the batch{said}", at_start=at_start)

@@ -1,0 +1,148 @@
+"""What the runs of a dataset spent. The attempts' files are the only books, whatever became of the runs.
+
+A run's summary counts its attempts, each with the version of the file that it read. Where those are still the files'
+versions, it saves to read them: a thousand runs of sixteen shards are a thousand requests.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from itertools import chain
+from typing import Literal
+
+import pyarrow.compute as pc
+from pydantic import AwareDatetime, Field
+
+from tagger.ledger import Attempt, read_attempts
+from tagger.runs import File, Run
+from tagger.storage import Storage, Version
+
+THREADS = 16
+"""Runs that are read at once."""
+
+CLOCKS = timedelta(days=1)
+"""By how much the clock of a worker may be ahead of that of S3."""
+
+_SUMMED = ("requests", "input_tokens", "cached_input_tokens", "output_tokens", "cost_usd")
+
+_ATTEMPT = re.compile(r"shard-[0-9]+-[0-9]+\.parquet")
+
+
+class Spend(File):
+    """What one attempt used and cost; its failed and repeated calls count too."""
+
+    file: str
+    """Name of the attempt's file in the folder of its run."""
+    etag: str | None
+    """That of the file, listed before it was read; None where it came later."""
+    plan_id: str
+    asked: Literal["online", "batch"]
+    ended_at: AwareDatetime
+    """When the attempt ended, or if it was killed, last wrote its file."""
+    requests: int
+    input_tokens: int
+    cached_input_tokens: int
+    output_tokens: int
+    cost_usd: float | None
+    """None where the price is not known."""
+
+
+class Counted(File):
+    """The part of `summary.json` that tells what attempts it counts."""
+
+    attempts: list[Spend] = Field(default_factory=list)
+
+
+def total_usd(amounts: Iterable[float | None]) -> float | None:
+    """Return the sum of amounts of money; None where one is not known."""
+    known = list(amounts)
+    return None if None in known else math.fsum(amount or 0.0 for amount in known)
+
+
+def spend_of(attempt: Attempt, files: dict[str, Version]) -> Spend:
+    """Return what an attempt's file says was used. `files` are the run's attempts as listed before that was read."""
+    columns = attempt.file.read(columns=list(_SUMMED))
+    totals = {name: pc.sum(columns.column(name), min_count=0).as_py() for name in _SUMMED}
+    if columns.column("cost_usd").null_count:
+        totals["cost_usd"] = None
+    name = f"shard-{attempt.shard}-{attempt.attempt}.parquet"
+    return Spend(
+        file=name,
+        etag=files[name].etag or None if name in files else None,
+        plan_id=attempt.plan_id,
+        asked=attempt.asked,
+        ended_at=attempt.ended_at,
+        **totals,
+    )
+
+
+@dataclass
+class RunFiles:
+    """A run that has a summary or an attempt, as a listing shows it."""
+
+    run: Run
+    attempts: dict[str, Version] = field(default_factory=dict)
+    """The attempts' files by name."""
+    has_summary: bool = False
+
+    def spends(self, counted: list[Spend]) -> list[Spend]:
+        """Return what each attempt spent: as the run's summary counts them if none changed since, else by their files.
+
+        Raises:
+            StorageError: a file is damaged.
+        """
+        if {spend.file: spend.etag for spend in counted} == {name: v.etag for name, v in self.attempts.items()}:
+            return counted
+        return [spend_of(attempt, self.attempts) for attempt in read_attempts(self.run)]
+
+
+def list_attempts(run: Run) -> dict[str, Version]:
+    """Return the files of a run's attempts by name."""
+    return {
+        version.path.removeprefix(run.files): version for version in run.storage.list_versions(f"{run.files}shard-")
+    }
+
+
+def list_runs(storage: Storage, dataset_name: str) -> list[RunFiles]:
+    """Return a dataset's runs; 1,000 files a request."""
+    prefix = f"runs/{dataset_name}/"
+    runs: dict[str, RunFiles] = {}
+    for version in storage.list_versions(prefix):
+        run_id, _, name = version.path.removeprefix(prefix).partition("/")
+        is_attempt = _ATTEMPT.fullmatch(name)
+        if not is_attempt and name != "summary.json":
+            continue
+        files = runs.get(run_id) or runs.setdefault(run_id, RunFiles(Run(storage, dataset_name, run_id)))
+        if is_attempt:
+            files.attempts[name] = version
+        else:
+            files.has_summary = True
+    return list(runs.values())
+
+
+def spent_usd(
+    storage: Storage, dataset_name: str, start: datetime, end: datetime, *, but_run: str | None = None
+) -> float:
+    """Return what the attempts of all runs of a dataset spent that ended, or last wrote, in [`start`, `end`).
+
+    Attempts whose price was not known count as nothing. `but_run` is a run id to leave out. Runs that were last written
+    before `start` are not read.
+
+    Raises:
+        StorageError: an attempt's file is damaged.
+    """
+
+    def read(files: RunFiles) -> list[Spend]:
+        summary = files.run.read("summary.json", Counted) if files.has_summary else None
+        return files.spends(summary.attempts if summary else [])
+
+    def may_matter(files: RunFiles) -> bool:
+        latest = max((version.written_at for version in files.attempts.values()), default=None)
+        return files.run.run_id != but_run and latest is not None and latest >= start - CLOCKS
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = chain.from_iterable(threads.map(read, filter(may_matter, list_runs(storage, dataset_name))))
+        return math.fsum(spend.cost_usd or 0.0 for spend in found if start <= spend.ended_at < end)
