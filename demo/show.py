@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import tables
-from tagger.cache import Usage
 from tagger.dataset import Dataset
-from tagger.price import ANSWER_TOKENS, cost_usd, estimated_tokens, price_of, usd
-from tagger.prompt import instructions
+from tagger.estimate import Lengths, guess_usage
+from tagger.price import cost_usd, price_of, usd
 from tagger.report import Summary
 
 SHOWN_ARTICLES = ["16", "90", "131", "132", "135", "141"]
@@ -124,10 +123,13 @@ def live_estimate(console: Console, datasets: list[Dataset]) -> None:
         texts = {
             text for _, text in tables.sample(dataset.source.table, dataset.source.text_columns, day2=True) if text
         }
-        tokens = sum(map(estimated_tokens, texts)) + len(texts) * estimated_tokens(instructions(dataset))
-        cost = cost_usd(Usage(input=tokens, output=ANSWER_TOKENS * len(texts)), price_of(dataset.llm))
+        lengths = Lengths(dataset.llm)
+        for text in texts:
+            lengths.add(text)
+        usage = guess_usage(dataset, lengths)
+        cost = cost_usd(usage, price_of(dataset.llm))
         console.print(
-            f"{dataset.dataset}: up to {len(texts)} calls of {dataset.llm.model}, about {tokens:,} tokens in: "
+            f"{dataset.dataset}: up to {len(texts)} calls of {dataset.llm.model}, about {usage.input:,} tokens in: "
             f"about {usd(cost)}"
         )
         total += cost or 0.0

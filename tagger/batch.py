@@ -25,7 +25,7 @@ from tagger.connections import Connections, openai_client
 from tagger.exceptions import InputError, LLMStopped, RunFailed
 from tagger.ledger import BatchBooks, Ledger, attempt_files
 from tagger.price import price_of
-from tagger.prompt import messages, response_format
+from tagger.prompt import messages
 from tagger.runs import Run, disk_errors, opened_parquet, shard_path, utc_now
 from tagger.storage import Storage
 
@@ -39,9 +39,6 @@ FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 2.0, 60.0
 
 LOST_AFTER = timedelta(hours=25)
 """A batch ends within 24 hours: what is older and not at the provider was never created."""
-
-NO_PARAMS = frozenset({"extra_body", "extra_headers", "extra_query", "timeout"})
-"""Arguments of the SDK's that are no part of a request's body."""
 
 
 class Text(NamedTuple):
@@ -183,12 +180,11 @@ class ShardBatches:
                 yield Requests(file, texts)
 
     def _lines(self, wanted: Callable[[str], bool]) -> Iterator[tuple[Text, bytes]]:
-        llm = self._dataset.llm
-        params = {k: v for k, v in llm.params.items() if k not in NO_PARAMS} | llm.params.get("extra_body", {})
-        form = {"model": llm.model, "response_format": response_format(self._dataset)} | params
+        options = self._api.request_options(self._dataset)
         for text in self._texts():
             if wanted(text.key):
-                body = {"messages": messages(self._dataset, text.key, text.text)} | form
+                prompt = messages(self._dataset, text.key, text.text)
+                body = {"model": self._dataset.llm.model, "messages": prompt, **options}
                 request = {"custom_id": text.key, "method": "POST", "url": ENDPOINT, "body": body}
                 try:
                     line = json.dumps(request, ensure_ascii=False).encode() + b"\n"

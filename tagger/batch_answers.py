@@ -13,9 +13,10 @@ from openai.types.chat import ChatCompletion
 from tagger.batch_api import State
 from tagger.batches import HandedOver
 from tagger.cache import Cache, Chars, Record, Usage, patiently
-from tagger.completion import message_of, paren, refusal_of, usage_of
 from tagger.dataset import Dataset
+from tagger.exceptions import InputError
 from tagger.ledger import Ledger
+from tagger.llm import message_of, no_llm, paren, refusal_of, usage_of
 from tagger.prompt import BadAnswer, read_answer
 from tagger.runs import utc_now
 
@@ -109,6 +110,8 @@ class Answers:
         return "errored"
 
     def _answered(self, key: str, completion: ChatCompletion) -> Fate:
+        if problem := no_llm(self._dataset, completion.model):
+            raise InputError(problem)
         self._ledger.spend(key, self._texts[key].row_id, usage_of(completion))
         try:
             message = message_of(self._dataset, completion)

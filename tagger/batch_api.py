@@ -6,13 +6,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import openai
 
 from tagger.batches import Batch
-from tagger.completion import paren
+from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable
+from tagger.llm import paren
+from tagger.request import request_options
 
 T = TypeVar("T")
 
@@ -29,6 +31,9 @@ LOOK_UP_AFTER = (2.0, 10.0, 30.0)
 
 CLOCKS_DIFFER = 3600.0
 """Seconds by which the provider's clock may be behind ours."""
+
+NOT_IN_BODY = frozenset({"extra_body", "extra_headers", "extra_query", "timeout"})
+"""Arguments of the SDK's that are no part of a request's body."""
 
 IN_PROGRESS = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
 
@@ -67,6 +72,11 @@ class BatchAPI:
         self._client = client
         self._free = client.with_options(max_retries=TRIES)
         self._endpoint = f"LLM endpoint {client.base_url.copy_with(userinfo=b'', query=None)}"
+
+    def request_options(self, dataset: Dataset) -> dict[str, Any]:
+        """Return the parameters of each request's body, beside model and messages: those of an online call."""
+        options = request_options(self._client, dataset)
+        return {**{k: v for k, v in options.items() if k not in NOT_IN_BODY}, **options["extra_body"]}
 
     def upload(self, file: Path, batch: Batch) -> str:
         """Upload a batch's requests; return the provider's name of the file."""

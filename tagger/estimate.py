@@ -34,11 +34,18 @@ CACHED_FROM = 1024
 CACHED_STEP = 128
 """Endpoints cache a prompt's beginning of so many tokens or more, in such steps (OpenAI's rule)."""
 
+FRAME = '{"tags": []}'
+FRAME_TOGETHER = '{"id": "10", "tags": []}, '
+"""An answer without its tags, alone and together with others."""
+
 GUESS_BAND = (0.5, 2.0)
 """Bounds of a cost that is guessed by the lengths, in parts of it."""
 
 LEAST_BAND = 0.05
 """Half the band's least width, in parts of the cost: what no sample shows, such as calls that are made again."""
+
+CONVERTED_BAND = 0.25
+"""Likewise, where texts were asked alone and now are asked together."""
 
 
 class Lengths:
@@ -139,10 +146,10 @@ class _Prompt:
         self.together, self.marks = _lengths_of(messages_together(dataset, {"0" * 32: ""}))
         """Of a request for several, and for each of them."""
 
-    @property
-    def saved(self) -> float:
-        """What a text that is asked together with others saves."""
-        return self.of_one - self.marks - self.together / self._llm.texts_per_request
+    def share(self, text_tokens: int) -> float:
+        """Return what a text asked together with others takes, in parts of what it takes alone."""
+        together = self.together / self._llm.texts_per_request + self.marks
+        return (together + text_tokens) / (self.of_one + text_tokens)
 
     def tokens(self, lengths: Lengths) -> int:
         """Return those of all requests."""
@@ -166,7 +173,7 @@ def _answer_tokens(dataset: Dataset) -> float:
     """Return about how many tokens an answer has: half of the tags it may have, and what a reasoning model thinks."""
     all_tags = estimated_tokens(json.dumps(dataset.tag_ids, ensure_ascii=False))
     tags = (1 + min(dataset.max_tags, len(dataset.tags))) / 2
-    frame = '{"tags": []}' if dataset.llm.texts_per_request == 1 else '{"id": "10", "tags": []}, '
+    frame = FRAME if dataset.llm.texts_per_request == 1 else FRAME_TOGETHER
     return estimated_tokens(frame) + tags * all_tags / len(dataset.tags) + _reasoning_tokens(dataset.llm)
 
 
@@ -191,7 +198,7 @@ def _by_records(
         chars = [Chars()] * len(records)
         wanted = np.array([texts, 0, 0], float)
     prompt = _Prompt(dataset)
-    used = _as_asked_now(records, dataset.llm, prompt.saved)
+    used = _as_asked_now(records, dataset.llm, prompt)
     sizes = np.array([(1, c.narrow, c.wide) for c in chars], float)
     inputs = np.array([usage.input for usage in used], float)
     weights, doubt = _fit(prompt.tokens(lengths) / texts, sizes, inputs)
@@ -209,26 +216,27 @@ def _by_records(
     errors = 2 + 4 / max(len(used) - 1, 1)  # about Student's t at 95 %
     unlike = wanted - texts * sizes.mean(axis=0)  # by how much the new texts differ from the sample
     variance = noise**2 * (texts**2 / len(used) + texts) + per_input**2 * float(unlike @ doubt @ unlike)
-    band = max(errors * variance**0.5, LEAST_BAND * cost)
+    least = LEAST_BAND if used == [record.usage for record in records] else CONVERTED_BAND
+    band = max(errors * variance**0.5, least * cost)
     return usage, max(cost - band, 0.0), cost + band
 
 
-def _as_asked_now(records: Sequence[Record], llm: LLM, saved: float) -> list[Usage]:
+def _as_asked_now(records: Sequence[Record], llm: LLM, prompt: _Prompt) -> list[Usage]:
     """Return what the records used, those of before texts were asked together (`texts_per_request`) as if they were."""
-    used = [record.usage for record in records]
     if llm.texts_per_request == 1 or any(record.asked == "together" for record in records):
-        return used
-    longest = _short_chars(llm)
-    return [
-        usage
-        if record.chars is None or record.chars.narrow + record.chars.wide > longest
-        else Usage(
-            input=max(round(usage.input - saved), 0),
+        return [record.usage for record in records]
+    longest, longer = _short_chars(llm), estimated_tokens(FRAME_TOGETHER) - estimated_tokens(FRAME)
+
+    def together(usage: Usage, chars: Chars) -> Usage:
+        if chars.narrow + chars.wide > longest:
+            return usage
+        return Usage(
+            input=round(usage.input * prompt.share(chars.tokens)),
             cached_input=usage.cached_input // llm.texts_per_request,
-            output=usage.output,
+            output=usage.output + longer,
         )
-        for record, usage in zip(records, used, strict=True)
-    ]
+
+    return [together(record.usage, record.chars or Chars()) for record in records]
 
 
 def _fit(fixed: float, sizes: Any, inputs: Any) -> tuple[Any, Any]:

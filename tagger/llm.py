@@ -173,11 +173,8 @@ class Client:
         }
 
     def _message(self, completion: ChatCompletion) -> Message:
-        if completion.model == STAND_IN_MODEL != self._dataset.llm.model:
-            raise self._refused(
-                f"the endpoint is the offline stand-in, which is no LLM, but `llm.model` is "
-                f"{self._dataset.llm.model!r}: nothing was recorded; set `llm.model: {STAND_IN_MODEL}` to play with it"
-            )
+        if problem := no_llm(self._dataset, completion.model):
+            raise self._refused(problem)
         self._answered.set()
         return message_of(self._dataset, completion)
 
@@ -343,6 +340,16 @@ def refusal_of(status: int, words: str) -> str | None:
     if "content_filter" in words or "content management policy" in words:
         return "content_filter"
     return None
+
+
+def no_llm(dataset: Dataset, model: str) -> str | None:
+    """Return what is wrong where the offline stand-in answered for a real model; None where it did not."""
+    if model != STAND_IN_MODEL or dataset.llm.model == STAND_IN_MODEL:
+        return None
+    return (
+        f"the endpoint is the offline stand-in, which is no LLM, but `llm.model` is {dataset.llm.model!r}: nothing was "
+        f"recorded; set `llm.model: {STAND_IN_MODEL}` to play with it"
+    )
 
 
 def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:

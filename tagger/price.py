@@ -3,10 +3,6 @@
 from tagger.cache import Chars, Usage
 from tagger.dataset import LLM, Price
 
-ANSWER_TOKENS = 400
-"""Of an answer that nothing is known of yet; reasoning models take some hundred, others a tenth of that."""
-
-
 HALF = 0.5
 """What a call costs, against one at once, where its result can wait: through the Batch API or at the `flex` tier."""
 

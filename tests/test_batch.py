@@ -16,7 +16,7 @@ from tagger import batch as module
 from tagger.batch import settle, shard_batches, wait_for_shards
 from tagger.batches import Batch, Batches
 from tagger.cache import Cache
-from tagger.exceptions import LLMStopped, LLMUnreachable, RunFailed, TaggerError
+from tagger.exceptions import InputError, LLMStopped, LLMUnreachable, RunFailed, TaggerError
 from tagger.ledger import read_attempts
 from tagger.load import load_back
 from tagger.plan import plan
@@ -451,6 +451,17 @@ def test_other_batches_of_the_account_are_left_alone(project: Project, llm: Stan
 
 
 # Other runs
+
+
+def test_the_stand_in_answers_for_no_real_model(project: Project) -> None:
+    project.change(llm={"model": "gpt-5-mini"})
+    put_texts(project, 1)
+    run = planned(project)
+
+    with pytest.raises(InputError, match="offline stand-in"):
+        tagged(project, run)
+
+    assert list(run.storage.list("cache/")) == []
 
 
 def test_a_batch_that_was_never_created_is_given_up_after_a_day(

@@ -28,7 +28,7 @@ from botocore.retries.standard import ExponentialBackoff
 
 from demo.postgresql import PostgreSQL
 from demo.processes import free_port
-from demo.stand_in import StandIn, completion, error
+from demo.stand_in import StandIn, completion, error, token_usage
 from tagger.cli import main
 from tagger.history import DAYS_SHOWN
 from tagger.ledger import read_attempts
@@ -371,8 +371,17 @@ def test_too_many_failed_texts_exit_1_with_the_summary(shell: Shell) -> None:
     assert_complains(shell, "2 of 2 texts failed")
 
 
+def test_plan_beyond_the_budget_exits_1_before_the_first_call(shell: Shell) -> None:
+    shell.write(llm={"price": {"input": 1000.0, "output": 1000.0}}, limits={"max_cost_usd": 0.01})
+
+    assert shell.run("run", "notes") == 1
+    assert_complains(shell, r"budget reached: 2 new texts would cost about \$.*limits.max_cost_usd.*\$0.01")
+    assert shell.project.llm.calls == []
+
+
 def test_reached_budget_exits_1(shell: Shell) -> None:
-    shell.write(llm={"concurrency": 1, "price": {"input": 1000.0, "output": 1000.0}}, limits={"max_cost_usd": 0.01})
+    shell.write(llm={"concurrency": 1}, limits={"max_cost_usd": 0.01})
+    shell.project.llm.script(completion('{"tags": ["fruit"]}', usage=token_usage(10_000_000, 5)))  # of some hundred
 
     assert shell.run("run", "notes", "--json") == 1
     assert (shell.summary().tagged, shell.summary().skipped) == (1, 1)

@@ -22,6 +22,8 @@ from tagger.connections import Connection, openai_client
 from tagger.dataset_files import parse_dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TaggerError, TextFailed
 from tagger.llm import ASKS, LONGEST_WAIT, TRIES, Answer, Client
+from tagger.request import request_options
+from tagger.spec import spec_id
 from tagger.throttle import LocalRates, Rates, Stopped, Throttle
 from tests.project import MINIMAL, merged
 
@@ -390,7 +392,10 @@ def test_a_429_is_no_try_of_its_text(asker: Asker, llm: StandIn, monkeypatch: py
     assert len(llm.calls) == len(asker.spent) == 3 * TRIES + 1
 
 
-def test_429s_between_them_leave_a_texts_tries_bounded(asker: Asker, llm: StandIn) -> None:
+def test_429s_between_them_leave_a_texts_tries_bounded(
+    asker: Asker, llm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.throttle.LONGEST_PAUSE", 0.01)
     llm.script(*[RATE_LIMITED, error(500, "Broken.", headers=AT_ONCE)] * 100)
 
     failure = asker.fail()
@@ -851,6 +856,59 @@ def test_json_object_can_be_asked_for_instead_of_a_schema(new_asker: MakeAsker, 
     assert seen[0]["response_format"] == {"type": "json_object"}
 
 
+OPENAI = ["https://api.openai.com/v1", "https://eu.api.openai.com/v1", None]
+OTHERS = [
+    "http://127.0.0.1:8000/v1",
+    "https://openrouter.ai/api/v1",
+    "https://example.openai.azure.com/openai/v1/",  # it refuses the parameter for models that are not OpenAI's
+    "https://api.openai.com.example.com/v1",
+    "https://notopenai.com/v1",
+]
+
+
+def options_for(base_url: str | None, **params: Any) -> Json:
+    connection = Connection("openai_default", "openai", host=base_url, password="key")
+    dataset = parse_dataset(merged(MINIMAL, {"llm": {"params": params}}), "notes.yaml")
+    with openai_client("openai_default", lambda _: connection) as client:
+        return request_options(client, dataset)
+
+
+@pytest.mark.parametrize("base_url", OPENAI)
+def test_openai_is_told_which_requests_have_the_same_beginning(base_url: str | None) -> None:
+    spec = spec_id(parse_dataset(MINIMAL, "notes.yaml"))
+
+    assert options_for(base_url)["prompt_cache_key"] == spec
+
+
+@pytest.mark.parametrize("base_url", OTHERS)
+def test_no_other_server_is_told_what_it_may_refuse(base_url: str) -> None:
+    assert "prompt_cache_key" not in json.dumps(options_for(base_url))
+
+
+@pytest.mark.parametrize("base_url", ["https://api.openai.com/v1", "https://example.openai.azure.com/openai/v1/"])
+def test_a_prompt_cache_key_of_the_datasets_own_is_sent_wherever_it_goes(base_url: str) -> None:
+    assert options_for(base_url, prompt_cache_key="mine")["prompt_cache_key"] == "mine"
+
+
+def test_the_requests_for_one_text_and_for_several_differ_in_the_schema_alone(new_asker: MakeAsker) -> None:
+    connection = Connection("openai_default", "openai", host="https://api.openai.com/v1", password="key")
+    dataset = parse_dataset(merged(MINIMAL, {"llm": {"params": {"temperature": 0, "top_k": 5}}}), "notes.yaml")
+    with openai_client("openai_default", lambda _: connection) as client:
+        one, several = (request_options(client, dataset, together=together) for together in (False, True))
+
+    schemas = [options["extra_body"].pop("response_format")["json_schema"]["name"] for options in (one, several)]
+    assert schemas == ["tags", "answers"]
+    assert one == several
+
+
+def test_an_endpoint_of_unknown_make_gets_no_parameter_of_ours(new_asker: MakeAsker, llm: StandIn) -> None:
+    seen = requests_of(llm, GOOD)
+
+    new_asker().ask()
+
+    assert set(seen[0]) == {"model", "messages", "response_format"}
+
+
 @pytest.mark.parametrize("text", ["", "10⁵ µl\r\n\t\x00 \x1b[0m", "👩‍👩‍👧 林檎", "</text>", "x" * 200_000])
 def test_any_text_arrives_as_it_is(asker: Asker, llm: StandIn, text: str) -> None:
     asker.ask(text)
@@ -892,6 +950,25 @@ def test_a_call_in_flight_comes_to_its_end(asker: Asker, llm: StandIn) -> None:
     thread.join(5)
 
     assert ended == [Answer(["animal"], None, MODEL, "stop")]
+
+
+@pytest.mark.parametrize("reply", [GOOD, RATE_LIMITED, error(400, "Invalid character."), Reply(body=b"no json")])
+def test_a_call_counts_as_in_flight_until_it_is_booked(new_asker: MakeAsker, llm: StandIn, reply: Reply) -> None:
+    asker = new_asker(llm={"concurrency": 1})
+    llm.script(reply)
+    calls_at_booking: list[int] = []
+
+    def spend(usage: Usage) -> None:
+        time.sleep(0.2)  # time enough for the next call to start, if it may
+        calls_at_booking.append(len(llm.calls))
+        asker.throttle.stop()
+
+    threads = [in_thread(lambda: asker.client.ask(KEY, TEXT, spend)) for _ in range(4)]
+    for thread, _ in threads:
+        thread.join(10)
+
+    assert calls_at_booking == [1]
+    assert len(llm.calls) == 1
 
 
 # The text stays where it is
@@ -967,7 +1044,10 @@ def record_texts(caplog: pytest.LogCaptureFixture) -> list[str]:
         [completion(None, refusal="No.")],
     ],
 )
-def test_spend_is_called_once_for_each_request(asker: Asker, llm: StandIn, replies: list[Reply]) -> None:
+def test_spend_is_called_once_for_each_request(
+    asker: Asker, llm: StandIn, replies: list[Reply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tagger.throttle.LONGEST_PAUSE", 0.01)
     llm.script(*replies)
 
     with contextlib.suppress(TaggerError):

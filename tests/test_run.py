@@ -14,7 +14,7 @@ import pytest
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.compat import HTTPHeaders
 
-from demo.stand_in import Reply, StandIn, completion, error
+from demo.stand_in import Reply, StandIn, completion, error, token_usage
 from tagger.exceptions import RunFailed
 from tagger.load import load_back
 from tagger.plan import plan
@@ -601,9 +601,25 @@ def test_the_budget_of_one_run_may_differ_from_the_files(project: Project) -> No
         project.put(row_id, f"apple {row_id}")
     project.change(limits={"max_cost_usd": 100}, llm={"concurrency": 1})
 
-    with pytest.raises(RunFailed, match="budget reached"):
+    with pytest.raises(RunFailed, match="budget reached: 20 new texts"):
         project.run("one", options=Options(max_cost_usd=0.000001))
+
+    assert project.llm.calls == []
+    assert project.run().tagged == 20
+
+
+def test_a_budget_that_the_estimate_is_below_stops_calls_and_the_rest_comes_first(project: Project) -> None:
+    for row_id in range(20):
+        project.put(row_id, f"apple {row_id}")
+    project.change(llm={"concurrency": 1})
+    project.llm.script(completion('{"tags": ["fruit"]}', usage=token_usage(10_000_000, 5)))
+
+    with pytest.raises(RunFailed, match="budget reached"):
+        project.run("one", options=Options(max_cost_usd=1.0))
 
     summary = project.summary(project.open("one"))
     assert (summary.tagged, summary.skipped) == (1, 19)
-    assert project.run().tagged == 19
+    project.put(-1, "a new apple, of the lowest id")
+    limited = project.run(options=Options(limit=19))
+    assert (limited.tagged, limited.skipped) == (19, 1)
+    assert project.target()[-1].status == "skipped"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
@@ -377,7 +377,7 @@ def test_a_killed_shard_loses_the_calls_in_flight_and_no_money_unseen(
 
 
 @contextmanager
-def tagging_process(project: Project, run: Run, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def tagging_process(project: Project, run: Run, folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run `tagger tag` in a process of its own."""
     file = folder / "notes.yaml"
     file.write_text(yaml.safe_dump(project.content, allow_unicode=True))
@@ -396,7 +396,7 @@ def tagging_process(project: Project, run: Run, folder: Path) -> Iterator[subpro
                 "extra": connection.extra,
             }
         )
-    command = [sys.executable, "-m", "tagger.cli", "tag", str(file), "--run-id", run.run_id]
+    command = [sys.executable, "-m", "tagger.cli", "tag", str(file), "--run-id", run.run_id, *options]
     with subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL) as process:
         try:
             yield process
@@ -718,6 +718,146 @@ def test_all_shards_together_stay_within_the_budget(project: Project, llm: Stand
     assert len(llm.calls) == 8
 
 
+def test_shards_that_go_one_after_the_other_have_all_that_is_left(project: Project, llm: StandIn) -> None:
+    put_texts(project, 24)
+    with_budget(project, llm, 0.008)
+    project.change(shards={"texts_per_shard": 6}, llm={"concurrency": 1})
+    run = planned(project)
+
+    assert tag(run, 1, project.connections, alone=True) == {"tagged": 6}
+    for number in (2, 3):
+        with pytest.raises(RunFailed, match="budget reached: the run's budget"):
+            tag(run, number, project.connections, alone=True)
+
+    assert len(llm.calls) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_lock", [True, False], ids=["lock", "no lock"])
+def test_four_workers_at_once_stop_at_the_cap_and_the_calls_in_flight(
+    project: Project, llm: StandIn, tmp_path: Path, with_lock: bool, request: pytest.FixtureRequest
+) -> None:
+    if with_lock:
+        request.getfixturevalue("locked")
+    texts, cap, concurrency = 400, 100, 4
+    put_texts(project, texts)
+    with_budget(project, llm, cap / 1000)
+    project.change(shards={"texts_per_shard": texts // 4}, llm={"concurrency": concurrency})
+    llm._script.clear()
+    llm.script(*[replace(ONE_MILLI_DOLLAR, delay=0.1)] * texts)
+    run = planned(project)
+    assert len(run.plan().shards) == 4
+
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(tagging_process(project, run, tmp_path, "--shard", str(shard))) for shard in range(1, 5)
+        ]
+        codes = [worker.wait(120) for worker in workers]
+    load_back(run, project.connections)
+    with pytest.raises(RunFailed, match="budget reached"):
+        report(run)
+
+    assert codes == [1] * 4
+    assert cap <= len(llm.calls) < cap + 4 * concurrency
+    assert len(records(run)) == len(llm.calls)
+    summary = project.summary(run)
+    assert summary.cost_usd == pytest.approx(len(llm.calls) / 1000)
+    assert (summary.tagged, summary.skipped, summary.failed) == (len(llm.calls), texts - len(llm.calls), 0)
+
+
+# Several texts in one request
+
+
+def put_notes(project: Project, count: int) -> None:
+    words = ("an apple", "a zebra", "rain", "a chair", "林檎", "a tiger in a storm", "動物と天気")
+    with project.engine.begin() as connection:
+        rows = [
+            {"id": n, "body": f"{words[n % 7]}, note {n}" + " and so on" * (200 * (n % 50 == 7))} for n in range(count)
+        ]
+        connection.execute(sa.text("INSERT OR REPLACE INTO notes (id, body) VALUES (:id, :body)"), rows)
+
+
+def test_texts_asked_together_get_the_tags_that_they_get_alone(project: Project, llm: StandIn) -> None:
+    put_notes(project, 300)
+    by_size: dict[int, dict[str, Json]] = {}
+    requests: dict[int, int] = {}
+    for texts_per_request in (1, 20):
+        project.change(
+            storage=f"s3://{project.store.bucket}/{texts_per_request}", llm={"texts_per_request": texts_per_request}
+        )
+        before = len(llm.calls)
+        summary = project.run(all_rows=True)
+        requests[texts_per_request] = len(llm.calls) - before
+        by_size[texts_per_request] = {
+            path.rpartition("tag_")[2]: record for path, record in records(project.open("any")).items()
+        }
+        assert (summary.tagged, summary.failed, summary.llm_requests) == (300, 0, requests[texts_per_request])
+
+    assert requests[1] == 300
+    assert requests[20] <= 6 + 294 // 20 + 3  # six are long
+    one, several = by_size[1], by_size[20]
+    assert {key: record["tags"] for key, record in one.items()} == {key: r["tags"] for key, r in several.items()}
+    assert Counter(record["asked"] for record in one.values()) == {"online": 300}
+    assert Counter(record["asked"] for record in several.values())["together"] >= 290
+
+
+def test_what_a_request_used_is_booked_whole(project: Project, llm: StandIn) -> None:
+    put_notes(project, 100)
+    project.change(llm={"texts_per_request": 20})
+    llm.script(completion("no JSON", usage=token_usage(1000, 7)))
+
+    run = planned(project)
+    tag_all(project, run)
+
+    stats, outcomes = llm.stats(), list(last_attempt(run).outcomes)
+    usages = [record["usage"] for record in records(run).values()]
+    assert sum(outcome.input_tokens for outcome in outcomes) == stats["prompt_tokens"]
+    assert sum(outcome.output_tokens for outcome in outcomes) == stats["completion_tokens"]
+    assert sum(outcome.requests for outcome in outcomes) == stats["calls"]
+    assert sum(usage["input"] for usage in usages) == stats["prompt_tokens"]
+    cost = sum(record["cost_usd"] for record in records(run).values())
+    assert cost == pytest.approx((stats["prompt_tokens"] + 10 * stats["completion_tokens"]) / 1e6)
+
+
+def test_a_spent_budget_stops_requests_for_several_texts_within_those_in_flight(project: Project, llm: StandIn) -> None:
+    put_texts(project, 200)
+    project.change(
+        limits={"max_cost_usd": 0.0995},
+        llm={"concurrency": 2, "price": {"input": 1.0, "output": 1.0}, "texts_per_request": 10},
+    )
+    answers = json.dumps({"answers": [{"id": str(number), "tags": ["fruit"]} for number in range(1, 11)]})
+    llm.script(*[completion(answers, usage=token_usage(10_000, 0))] * 100)
+    run = planned(project)
+
+    assert "budget reached" in str(failing_tag(project, run))
+    assert 10 <= len(llm.calls) < 10 + 2
+    assert len(records(run)) == 10 * len(llm.calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["to the end", "one is killed"])
+def test_workers_on_one_shard_ask_each_text_once_though_several_at_a_time(
+    locked: Project, llm: StandIn, tmp_path: Path, killed: bool
+) -> None:
+    texts = 300
+    put_texts(locked, texts)
+    locked.change(llm={"concurrency": 4, "texts_per_request": 5})
+    llm.latency = 0.3
+    run = planned(locked)
+
+    with tagging_process(locked, run, tmp_path) as one, tagging_process(locked, run, tmp_path) as other:
+        if killed:
+            wait_until(lambda: len(read_attempts(run)) == 2 and len(llm.calls) >= 20)
+            one.kill()
+        codes = one.wait(120), other.wait(180)
+
+    assert codes == (-9 if killed else 0, 0)
+    assert len(records(run)) == texts
+    again = [count for count in llm.calls_per_text().values() if count > 1]
+    assert max(again, default=1) <= 2
+    assert len(again) < (2 * 4 * 5 if killed else 1)
+
+
 # Rates
 
 
@@ -833,22 +973,27 @@ def test_processes_that_tag_the_same_shard_at_once_never_ask_a_text_twice(
     assert sum(outcome.requests for attempt in attempts for outcome in attempt.outcomes) == texts
 
 
-def test_locks_are_free_afterwards_and_the_rates_expire(locked: Project, redis_default: Connection) -> None:
+def test_locks_are_free_afterwards_and_the_rates_and_the_spend_expire(
+    locked: Project, redis_default: Connection
+) -> None:
     put_texts(locked, 5)
-    locked.change(llm={"requests_per_minute": 6000, "tokens_per_minute": 1_000_000})
+    locked.change(limits={"max_cost_usd": 1}, llm={"requests_per_minute": 6000, "tokens_per_minute": 1_000_000})
     run = planned(locked)
 
     tag_all(locked, run)
 
     with redis_client("redis_default", locked.connections) as client:
         keys = client.keys("*")
-        assert [key.decode() for key in keys] == [f"tagger:rates:notes:{run.run_id}"]
-        assert 0 < client.ttl(keys[0]) <= 3600
+        assert sorted(key.decode() for key in keys) == [
+            f"tagger:rates:notes:{run.run_id}",
+            f"tagger:spend:notes:{run.run_id}",
+        ]
+        assert all(0 < client.ttl(key) <= 3600 for key in keys)
 
 
 def test_redis_is_told_no_text(locked: Project, llm: StandIn, redis_server: RedisServer) -> None:
     locked.put(1, f"a zebra and {SECRET}")
-    locked.change(llm={"requests_per_minute": 6000, "tokens_per_minute": 1_000_000})
+    locked.change(limits={"max_cost_usd": 1}, llm={"requests_per_minute": 6000, "tokens_per_minute": 1_000_000})
     run = planned(locked)
     seen: list[str] = []
     with redis_server.client() as watcher, redis_server.client() as other, watcher.monitor() as monitor:
@@ -912,15 +1057,20 @@ def test_a_redis_that_refuses_the_password_is_wrong_input_and_no_call(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "rates",
-    [{}, {"requests_per_minute": 60_000}, {"tokens_per_minute": 60_000_000}],
-    ids=["lock", "requests", "tokens"],
+    ("rates", "limits"),
+    [
+        ({}, {}),
+        ({"requests_per_minute": 60_000}, {}),
+        ({"tokens_per_minute": 60_000_000}, {}),
+        ({}, {"max_cost_usd": 1}),
+    ],
+    ids=["lock", "requests", "tokens", "budget"],
 )
 def test_a_redis_that_goes_away_stops_the_calls_and_loses_no_answer(
-    locked: Project, llm: StandIn, tmp_path: Path, rates: dict[str, int]
+    locked: Project, llm: StandIn, tmp_path: Path, rates: dict[str, int], limits: dict[str, int]
 ) -> None:
     put_texts(locked, 24)
-    locked.change(llm={"concurrency": 4, **rates})
+    locked.change(llm={"concurrency": 4, **rates}, limits=limits)
     llm.latency = 1.0
     run = planned(locked)
     with RedisServer(tmp_path / "redis") as server:

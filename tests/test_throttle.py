@@ -24,6 +24,7 @@ from tagger.throttle import (
     GIVE_UP_SECONDS,
     RATE_KEY_SECONDS,
     RECOVERY_ROUNDS,
+    BudgetSpent,
     LocalRates,
     Rates,
     RedisRates,
@@ -317,6 +318,63 @@ def test_stop_leaves_calls_in_flight_alone(calls_of: MakeCalls) -> None:
 
     assert calls.become(2)
     assert calls.refused == 0
+
+
+# The budget
+
+
+def test_no_call_starts_when_there_is_no_money_for_it(calls_of: MakeCalls) -> None:
+    spent = threading.Event()
+    throttle = Throttle(2, is_spent=spent.is_set)
+    calls = calls_of(throttle)
+    calls.begin(2)
+    assert calls.become(2)
+
+    spent.set()
+
+    with pytest.raises(BudgetSpent), Throttle(2, is_spent=spent.is_set).call(0):
+        pass
+    calls.begin(3)
+    calls.end(2)
+    wait_until(lambda: calls.refused == 3)
+    assert len(calls.begun) == 2
+
+
+def test_a_call_that_waited_looks_at_the_budget_when_its_turn_comes(calls_of: MakeCalls) -> None:
+    looked: list[float] = []
+
+    def is_spent() -> bool:
+        looked.append(time.monotonic())
+        return False
+
+    throttle = Throttle(1, is_spent=is_spent)
+    calls = calls_of(throttle)
+    calls.begin(2)
+    assert calls.become(1)
+    assert len(looked) == 1
+
+    calls.end()
+
+    wait_until(lambda: len(calls.begun) == 2)
+    assert len(looked) == 2
+
+
+def test_a_budget_that_cannot_be_asked_for_holds_up_one_call_and_no_place(calls_of: MakeCalls) -> None:
+    answers = iter([True, False])
+
+    def is_spent() -> bool:
+        if next(answers):
+            raise redis.ConnectionError
+        return False
+
+    throttle = Throttle(1, is_spent=is_spent)
+    with pytest.raises(redis.ConnectionError), throttle.call(0):
+        pass
+    calls = calls_of(throttle)
+
+    calls.begin()
+
+    assert calls.become(1)
 
 
 # HTTP 429

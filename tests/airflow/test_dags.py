@@ -342,15 +342,15 @@ def test_max_cost_stops_the_run_and_retry_refused_asks_again(project: Project, d
     project.put(1, "apple")
     project.put(2, "zebra, secretly")
     teach(project.llm, secretly=REFUSAL)
-    dag = dags()["tag_notes"]
 
-    stopped = dag.test(logical_date=NIGHT, run_conf={"max_cost_usd": 0.0000001})
+    stopped = dags()["tag_notes"].test(logical_date=NIGHT, run_conf={"max_cost_usd": 0.0000001})
     calls = len(project.llm.calls)
-    dag.test(logical_date=NIGHT + timedelta(days=1))
+    dags()["tag_notes"].test(logical_date=NIGHT + timedelta(days=1))  # test() leaves its parameters in the DAG
     teach(project.llm)
-    again = dag.test(logical_date=NIGHT + timedelta(days=2), run_conf={"retry_refused": True})
+    again = dags()["tag_notes"].test(logical_date=NIGHT + timedelta(days=2), run_conf={"retry_refused": True})
 
-    assert (str(stopped.state), calls) == ("failed", 1)
+    assert (str(stopped.state), calls) == ("failed", 0)
+    assert states(stopped)["plan"] == ["failed"]
     assert str(again.state) == "success"
     assert {row.row_id: row.status for row in project.target().values()} == {1: "tagged", 2: "tagged"}
     assert len(project.llm.calls) == 3
