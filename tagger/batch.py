@@ -22,12 +22,13 @@ from tagger.batch_api import ENDPOINT, BatchAPI, State
 from tagger.batches import Batch, Batches, HandedOver
 from tagger.cache import Cache, Chars
 from tagger.connections import Connections, openai_client
+from tagger.dataset import Dataset
 from tagger.exceptions import InputError, LLMStopped, RunFailed
 from tagger.ledger import BatchBooks, Ledger, attempt_files
 from tagger.price import price_of
 from tagger.prompt import messages
 from tagger.runs import Run, disk_errors, opened_parquet, shard_path, utc_now
-from tagger.storage import Storage
+from tagger.spec import spec_id
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class ShardBatches:
     def collect(self) -> None:
         """Collect the answers of all of them."""
         for batch in self.own():
-            collect(batch, self._batches, self._api)
+            collect(batch, self._batches, self._api, self._dataset)
 
     def pending(self) -> set[str]:
         """Return the keys of texts in batches whose answers are not collected, of whatever run of the spec."""
@@ -216,8 +217,10 @@ def collected(run: Run, number: int, connections: Connections) -> Iterator[set[s
         batches.forget()
 
 
-def collect(batch: Batch, batches: Batches, api: BatchAPI) -> None:
+def collect(batch: Batch, batches: Batches, api: BatchAPI, dataset: Dataset) -> None:
     """Write a batch's answers into their records and book them, then have the provider delete its files.
+
+    `dataset` is any of the batch's spec.
 
     Raises:
         RunFailed: the batch has not ended.
@@ -238,16 +241,15 @@ def collect(batch: Batch, batches: Batches, api: BatchAPI) -> None:
                 return
             if missing:
                 logger.warning("batch %s: %s is not at the provider any more", batch.remote, ", ".join(missing))
-            _book(batch, batches, state, [file for file in files if file.exists()])
+            _book(batch, batches, dataset, state, [file for file in files if file.exists()])
         batches.write(batch.model_copy(update={"collected": True}))
     for file_id in (batch.input_file, *state.files):
         if file_id is not None:
             api.delete(file_id)
 
 
-def _book(batch: Batch, batches: Batches, state: State, files: list[Path]) -> None:
+def _book(batch: Batch, batches: Batches, dataset: Dataset, state: State, files: list[Path]) -> None:
     run = Run(batches.storage, batch.dataset, batch.run_id)
-    dataset = run.dataset()
     cache = Cache(run.storage, batches.spec, dataset.llm.model)
     price = price_of(dataset.llm, batch=True)
     with Ledger(run, batch.plan_id, batch.shard, price, batch.ledger) as ledger:
@@ -258,17 +260,18 @@ def _book(batch: Batch, batches: Batches, state: State, files: list[Path]) -> No
     logger.info("batch %s %s: %s", batch.remote, state.status, answers.describe())
 
 
-def settle(storage: Storage, spec: str, connections: Connections) -> list[tuple[Batch, State | None]]:
-    """Collect what has ended of a spec's batches, of whatever run; return the others, with their state if it is known.
+def settle(run: Run, connections: Connections) -> list[tuple[Batch, State | None]]:
+    """Collect what has ended of the batches of a run's spec, of whatever run; return the others.
 
-    One that cannot be looked at now counts as one that has not ended.
+    Each comes with its state; None where it cannot be looked at now, and counts as one that has not ended.
     """
-    batches, unfinished = Batches(storage, spec), []
+    dataset = run.dataset()
+    batches, unfinished = Batches(run.storage, spec_id(dataset)), []
     for batch in batches.unfinished():
         state = None
         try:
             with closing(openai_client(batch.conn_id, connections)) as client:
-                is_settled, state = _settle(batch, batches, BatchAPI(client))
+                is_settled, state = _settle(batch, batches, BatchAPI(client), dataset)
             if is_settled:
                 continue
         except (LLMStopped, InputError) as e:
@@ -277,7 +280,7 @@ def settle(storage: Storage, spec: str, connections: Connections) -> list[tuple[
     return unfinished
 
 
-def _settle(batch: Batch, batches: Batches, api: BatchAPI) -> tuple[bool, State | None]:
+def _settle(batch: Batch, batches: Batches, api: BatchAPI, dataset: Dataset) -> tuple[bool, State | None]:
     """Return whether a batch is collected or given up, and where it is."""
     if batch.remote is None:
         remote = api.find(batch)
@@ -293,7 +296,7 @@ def _settle(batch: Batch, batches: Batches, api: BatchAPI) -> tuple[bool, State 
     assert batch.remote is not None
     state = api.state(batch.remote)
     if state.ended:
-        collect(batch, batches, api)
+        collect(batch, batches, api, dataset)
     return state.ended, state
 
 
@@ -306,11 +309,11 @@ def wait_for_shards(run: Run, numbers: Iterable[int], connections: Connections) 
         _wait(lambda: [waiting for shard in shards for waiting in shard.waiting()])
 
 
-def wait_for_others(run: Run, spec: str, connections: Connections) -> None:
-    """Wait until all batches of a spec that can be looked at have ended, and collect them."""
+def wait_for_others(run: Run, connections: Connections) -> None:
+    """Wait until all batches of the run's spec that can be looked at have ended, and collect them."""
 
     def look() -> list[tuple[Batch, State]]:
-        return [(batch, state) for batch, state in settle(run.storage, spec, connections) if state is not None]
+        return [(batch, state) for batch, state in settle(run, connections) if state is not None]
 
     _wait(look)
 

@@ -73,6 +73,10 @@ class BatchAPI:
         self._free = client.with_options(max_retries=TRIES)
         self._endpoint = f"LLM endpoint {client.base_url.copy_with(userinfo=b'', query=None)}"
 
+    def check(self) -> None:
+        """Raise unless there is a Batch API."""
+        self._ask_at_start(lambda: self._free.batches.list(limit=1))
+
     def request_options(self, dataset: Dataset) -> dict[str, Any]:
         """Return the parameters of each request's body, beside model and messages: those of an online call."""
         options = request_options(self._client, dataset)

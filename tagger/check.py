@@ -1,9 +1,11 @@
 """`tagger check`: would a run of this dataset work? Nothing is asked that costs money."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import openai
 
+from tagger.batch_api import BatchAPI
 from tagger.connections import Connections, database, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
@@ -39,14 +41,20 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
     made = Storage.connect(dataset.storage, dataset.storage_conn_id, connections).check(create=create)
     yield f"storage {dataset.storage}: {'made' if made else 'there'}"
     yield _check_llm(dataset, connections)
-    price = price_of(dataset.llm)
+    by_batch = dataset.llm.mode == "batch"
+    if by_batch:
+        with closing(openai_client(dataset.llm.conn_id, connections)) as client:
+            BatchAPI(client).check()
+        yield "Batch API: there"
+    price = price_of(dataset.llm, batch=by_batch)
     if price is None:
         yield f"price of {dataset.llm.model}: not known, so costs are not counted; `llm.price` sets it"
     else:
-        yield f"price of {dataset.llm.model}: ${price.input:g} in, ${price.output:g} out per million tokens"
+        line = f"price of {dataset.llm.model}: ${price.input:g} in, ${price.output:g} out per million tokens"
+        yield line + (", by the Batch API" if by_batch else "")
     if dataset.lock is not None:
-        with redis_client(dataset.lock.conn_id, connections) as client:
-            yield f"lock {dataset.lock.conn_id}: answers at {ping_redis(client, dataset.lock.conn_id)}"
+        with redis_client(dataset.lock.conn_id, connections) as redis:
+            yield f"lock {dataset.lock.conn_id}: answers at {ping_redis(redis, dataset.lock.conn_id)}"
     else:
         yield WITHOUT_LOCK
 

@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace, connections: Connections) -> None:
     if planned.pending:
         from tagger.batch import wait_for_others
 
-        wait_for_others(run, planned.spec_id, connections)
+        wait_for_others(run, connections)
         planned = plan(run, connections)
     broken: TaggerError | None = None
     try:

@@ -162,7 +162,7 @@ def _unfinished_batches(run: Run, spec: str, connections: Connections) -> set[st
         return set()
     from tagger.batch import settle  # imports the SDK
 
-    return batches.keys([batch for batch, _ in settle(run.storage, spec, connections)])
+    return batches.keys([batch for batch, _ in settle(run, connections)])
 
 
 def describe(planned: Plan, dataset: Dataset, taken: Snapshot) -> list[str]:

@@ -22,7 +22,6 @@ from tagger.load import load_back
 from tagger.plan import plan
 from tagger.report import Summary, report
 from tagger.runs import Run
-from tagger.spec import spec_id
 from tagger.tag import tag
 from tests.project import Project
 
@@ -225,7 +224,7 @@ def test_a_run_whose_batch_was_collected_by_another_goes_on(project: Project, ll
     put_texts(project, 3)
     run = planned(project)
     hand_over(project, run)
-    assert settle(run.storage, run.plan().spec_id, project.connections) == []
+    assert settle(run, project.connections) == []
 
     summary = finished(project, run)
 
@@ -473,12 +472,11 @@ def test_a_batch_that_was_never_created_is_given_up_after_a_day(
     with pytest.raises(LLMStopped):
         hand_over(project, run)
     assert at_provider(llm) != []
-    spec = spec_id(project.dataset)
 
-    [(unfinished, state)] = settle(run.storage, spec, project.connections)
+    [(unfinished, state)] = settle(run, project.connections)
     assert (unfinished.remote, state) == (None, None)
     monkeypatch.setattr(module, "LOST_AFTER", timedelta(0))
-    assert settle(run.storage, spec, project.connections) == []
+    assert settle(run, project.connections) == []
 
     assert at_provider(llm) == []
     assert finished(project, planned(project)).tagged == 2

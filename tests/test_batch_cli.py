@@ -58,6 +58,17 @@ def test_a_run_waits_for_the_batches_of_another(batches: Shell) -> None:
     assert {row.status for row in batches.project.target().values()} == {"tagged"}
 
 
+def test_check_looks_for_the_batch_api(batches: Shell) -> None:
+    assert batches.run("check", "notes") == 0
+    assert "notes: Batch API: there" in batches.out
+    assert "by the Batch API" in batches.out
+
+    with StandIn(batches=False) as without:
+        batches.connect("openai_default", conn_type="openai", host=without.base_url, password="key")
+        assert batches.run("check", "notes") == 2
+    assert "has no Batch API (HTTP 404): set `llm.mode: online`" in batches.complaints[0]
+
+
 def test_an_endpoint_without_batches_is_wrong_input(batches: Shell) -> None:
     with StandIn(batches=False) as without:
         batches.connect("openai_default", conn_type="openai", host=without.base_url, password="key")
