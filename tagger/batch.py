@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tagger.batch_answers import Answers
-from tagger.batch_api import ENDPOINT, BatchAPI, State
+from tagger.batch_api import ENDPOINT, LOST_AFTER, UNREACHABLE, BatchAPI, State
 from tagger.batches import Batch, Batches, HandedOver
 from tagger.cache import Cache, Chars
 from tagger.connections import Connections, openai_client
 from tagger.dataset import Dataset
-from tagger.exceptions import InputError, LLMStopped, RunFailed
-from tagger.ledger import BatchBooks, Ledger, attempt_files
-from tagger.price import price_of
+from tagger.exceptions import BUDGET_REACHED, InputError, LLMStopped, LLMUnreachable, RunFailed
+from tagger.ledger import BatchBooks, Ledger, read_attempts
+from tagger.price import price_of, usd
 from tagger.prompt import messages
 from tagger.runs import Run, disk_errors, opened_parquet, shard_path, utc_now
 from tagger.spec import spec_id
@@ -38,8 +38,8 @@ MAX_BYTES = 199_000_000
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 2.0, 60.0
 
-LOST_AFTER = timedelta(hours=25)
-"""A batch ends within 24 hours: what is older and not at the provider was never created."""
+KEPT = timedelta(days=7)
+"""How long a batch is remembered whose answers another run collected, for the run that handed it over."""
 
 
 class Text(NamedTuple):
@@ -65,27 +65,37 @@ class ShardBatches:
         self._number = number
         self._api = api
         self._dataset, self._plan = run.dataset(), run.plan()
+        self._plan.find(number)
         self._batches = Batches(run.storage, self._plan.spec_id)
 
     def own(self) -> list[Batch]:
         """Return them, oldest first; those of other plans of the run are not among them."""
         return [batch for batch in self._batches.all() if batch.is_of(self._run, self._plan.plan_id, self._number)]
 
-    def hand_over(self) -> None:
-        """Hand the shard's texts over, those aside that were handed over, by whatever run, or have a record."""
+    def hand_over(self) -> set[str]:
+        """Hand the shard's texts over, those aside that were handed over, by whatever run, or have a record.
+
+        Returns the keys of texts that are left to batches of other runs.
+
+        Raises:
+            RunFailed: the run has spent its budget.
+        """
         for batch in self.own():
             if batch.remote is None:
                 self._find_or_create(batch)
-        known = self._known()
+        pending, known = self._pending(), self._handed_over()
+        known |= pending
+        cache = Cache(self._run.storage, self._plan.spec_id, self._dataset.llm.model)
+        known |= cache.find({text.key for text in self._texts()} - known, listing=False)
         with closing(self._requests(lambda key: key not in known)) as files:
             for requests in files:
-                self._create(self._uploaded(self._intend(requests.texts), requests.file))
+                self._check_budget()
+                self._hand_over(requests)
+        return pending
 
     def waiting(self) -> list[tuple[Batch, State]]:
-        """Return those that have not ended."""
-        states = (
-            (batch, self._api.state(batch.remote)) for batch in self.own() if batch.remote and not batch.collected
-        )
+        """Return those that have not ended, or cannot be looked at now."""
+        states = ((batch, _state(batch, self._api)) for batch in self.own() if batch.remote and not batch.collected)
         return [(batch, state) for batch, state in states if not state.ended]
 
     def collect(self) -> None:
@@ -93,21 +103,48 @@ class ShardBatches:
         for batch in self.own():
             collect(batch, self._batches, self._api, self._dataset)
 
-    def pending(self) -> set[str]:
-        """Return the keys of texts in batches whose answers are not collected, of whatever run of the spec."""
-        return self._batches.keys(self._batches.unfinished())
-
     def forget(self) -> None:
         """Forget them: what they left is in the cache and the books."""
         for batch in self.own():
             self._batches.remove(batch)
 
-    def _known(self) -> set[str]:
-        known = self._batches.keys(self.own()) | self.pending()
-        if next(attempt_files(self._run, self._number), None) is not None:  # else the plan has just asked the cache
-            cache = Cache(self._run.storage, self._plan.spec_id, self._dataset.llm.model)
-            known |= cache.find({text.key for text in self._texts()} - known)
-        return known
+    def _pending(self) -> set[str]:
+        others = (b for b in self._batches.unfinished() if not b.is_of(self._run, self._plan.plan_id, self._number))
+        return self._batches.keys(list(others))
+
+    def _handed_over(self) -> set[str]:
+        """Return the keys of the texts in the shard's batches, those of a try that was killed while it ended too."""
+        own = self.own()
+        keys = self._batches.keys(own)
+        if own:
+            attempts = read_attempts(self._run, self._number)
+            of_batches = (a for a in attempts if a.asked == "batch" and a.plan_id == self._plan.plan_id)
+            keys.update(key for attempt in of_batches for key in attempt.values("key"))
+        return keys
+
+    def _check_budget(self) -> None:
+        if self._plan.budget_usd is None:
+            return
+        spent = sum(cost or 0.0 for attempt in read_attempts(self._run) for cost in attempt.values("cost_usd"))
+        if spent >= self._plan.budget_usd:
+            raise RunFailed(f"{BUDGET_REACHED}: the run's budget of {usd(self._plan.budget_usd)} is spent")
+
+    def _hand_over(self, requests: Requests) -> None:
+        """Hand one batch over; where the endpoint will not have it, forget the intent."""
+        batch = self._intend(requests.texts)
+        try:
+            self._create(self._uploaded(batch, requests.file))
+        except LLMUnreachable:
+            raise
+        except LLMStopped as e:
+            refused = e
+        else:
+            return
+        if (file_id := (self._batches.read(batch) or batch).input_file) is not None:
+            _delete(file_id, self._api)
+        with Ledger(self._run, batch.plan_id, batch.shard, None, batch.ledger):
+            self._batches.remove(batch)
+            raise refused
 
     def _intend(self, texts: dict[str, HandedOver]) -> Batch:
         now = utc_now()
@@ -119,6 +156,7 @@ class ShardBatches:
             shard=self._number,
             conn_id=self._dataset.llm.conn_id,
             requests=len(texts),
+            price=price_of(self._dataset.llm, batch=True),
             books=Ledger(self._run, self._plan.plan_id, self._number, None, BatchBooks("", now)).create(),
             intended_at=now,
         )
@@ -126,12 +164,10 @@ class ShardBatches:
         return batch
 
     def _find_or_create(self, batch: Batch) -> None:
-        remote = self._api.find(batch)
-        if remote is not None:
-            self._save(batch, remote=remote)
-            return
+        if batch.input_file is not None and not self._api.has_file(batch.input_file):
+            batch = self._batches.update(batch, input_file=None)
         if batch.input_file is None and (found := self._api.find_file(batch)) is not None:
-            batch = self._save(batch, input_file=found)
+            batch = self._batches.update(batch, input_file=found)
         if batch.input_file is None:
             keys = self._batches.texts(batch)
             with closing(self._requests(keys.__contains__)) as files:
@@ -139,18 +175,17 @@ class ShardBatches:
         self._create(batch)
 
     def _uploaded(self, batch: Batch, file: Path) -> Batch:
-        return self._save(batch, input_file=self._api.upload(file, batch))
+        return self._batches.update(batch, input_file=self._api.upload(file, batch))
 
     def _create(self, batch: Batch) -> None:
+        """Create a batch, unless another try of the shard did so meanwhile."""
+        latest = self._batches.read(batch)
+        if latest is None or latest.remote is not None:
+            return
         assert batch.input_file is not None
-        remote = self._api.create(batch, batch.input_file)
-        self._save(batch, remote=remote)
+        remote = self._api.find(batch) or self._api.create(batch, batch.input_file)
+        self._batches.update(batch, remote=remote)
         logger.info("%d texts are handed to the Batch API as %s: half the price, within 24 h", batch.requests, remote)
-
-    def _save(self, batch: Batch, **changes: str) -> Batch:
-        changed = batch.model_copy(update=changes)
-        self._batches.write(changed)
-        return changed
 
     def _texts(self) -> Iterator[Text]:
         with opened_parquet(self._run.storage, shard_path(self._run, self._plan.plan_id, self._number)) as file:
@@ -211,9 +246,9 @@ def collected(run: Run, number: int, connections: Connections) -> Iterator[set[s
         RunFailed: one of them has not ended.
     """
     with shard_batches(run, number, connections) as batches:
-        batches.hand_over()
+        pending = batches.hand_over()
         batches.collect()
-        yield batches.pending()
+        yield pending
         batches.forget()
 
 
@@ -226,7 +261,7 @@ def collect(batch: Batch, batches: Batches, api: BatchAPI, dataset: Dataset) -> 
         RunFailed: the batch has not ended.
     """
     assert batch.remote is not None
-    state = api.state(batch.remote)
+    state = api.state(batch.remote, batch.intended_at)
     if not state.ended:
         raise RunFailed(
             f"the batch {batch.remote} has not ended ({state.status}, {state.done} of {batch.requests} requests): its "
@@ -242,17 +277,32 @@ def collect(batch: Batch, batches: Batches, api: BatchAPI, dataset: Dataset) -> 
             if missing:
                 logger.warning("batch %s: %s is not at the provider any more", batch.remote, ", ".join(missing))
             _book(batch, batches, dataset, state, [file for file in files if file.exists()])
-        batches.write(batch.model_copy(update={"collected": True}))
+        batches.update(batch, collected=True)
     for file_id in (batch.input_file, *state.files):
         if file_id is not None:
-            api.delete(file_id)
+            _delete(file_id, api)
+
+
+def _delete(file_id: str, api: BatchAPI) -> None:
+    """Have the provider delete a file; where it will not, that keeps nothing else back."""
+    try:
+        api.delete(file_id)
+    except LLMStopped as e:
+        logger.warning("the provider's file %s could not be deleted: %s", file_id, e)
+
+
+def _state(batch: Batch, api: BatchAPI) -> State:
+    assert batch.remote is not None
+    try:
+        return api.state(batch.remote, batch.intended_at)
+    except LLMUnreachable:
+        return State(UNREACHABLE, 0, [], None)
 
 
 def _book(batch: Batch, batches: Batches, dataset: Dataset, state: State, files: list[Path]) -> None:
     run = Run(batches.storage, batch.dataset, batch.run_id)
     cache = Cache(run.storage, batches.spec, dataset.llm.model)
-    price = price_of(dataset.llm, batch=True)
-    with Ledger(run, batch.plan_id, batch.shard, price, batch.ledger) as ledger:
+    with Ledger(run, batch.plan_id, batch.shard, batch.price, batch.ledger) as ledger:
         answers = Answers(dataset, batches.texts(batch), cache, ledger)
         for file in files:
             answers.read(file)
@@ -267,7 +317,11 @@ def settle(run: Run, connections: Connections) -> list[tuple[Batch, State | None
     """
     dataset = run.dataset()
     batches, unfinished = Batches(run.storage, spec_id(dataset)), []
-    for batch in batches.unfinished():
+    for batch in batches.all():
+        if batch.collected:
+            if utc_now() - batch.intended_at > KEPT:
+                batches.remove(batch)
+            continue
         state = None
         try:
             with closing(openai_client(batch.conn_id, connections)) as client:
@@ -288,13 +342,11 @@ def _settle(batch: Batch, batches: Batches, api: BatchAPI, dataset: Dataset) -> 
             is_lost = utc_now() - batch.intended_at > LOST_AFTER
             if is_lost:
                 if (file := batch.input_file or api.find_file(batch)) is not None:
-                    api.delete(file)
+                    _delete(file, api)
                 batches.remove(batch)
             return is_lost, None
-        batch = batch.model_copy(update={"remote": remote})
-        batches.write(batch)
-    assert batch.remote is not None
-    state = api.state(batch.remote)
+        batch = batches.update(batch, remote=remote)
+    state = _state(batch, api)
     if state.ended:
         collect(batch, batches, api, dataset)
     return state.ended, state

@@ -119,6 +119,9 @@ class Answers:
         except BadAnswer as e:
             self._ledger.failed(key, self._texts[key].row_id, "bad_answer", e.args[0])
             return "invalid"
+        if message.reason == "length" and self._dataset.llm.batch_fallback:  # which has tries left
+            self._ledger.failed(key, self._texts[key].row_id, "length", "the answer was cut off")
+            return "invalid"
         self._write(key, tags, message.reason, message.model, message.finish_reason)
         return "refused" if message.reason else "succeeded"
 
@@ -164,7 +167,7 @@ def _parsed(raw: bytes) -> Line | None:
         if not isinstance(key, str) or not (response or error):
             return None
         if status == 200:
-            return Line(key, dict(body), status, "", "")
+            return Line(key, {k: v for k, v in body.items() if k != "_fields_set"}, status, "", "")
         error = body.get("error") or error
         code = str(error.get("code") or "")
         words = f"{code} {error.get('message', '')}".lower()

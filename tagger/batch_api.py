@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable
 from tagger.llm import paren
 from tagger.request import request_options
+from tagger.runs import utc_now
 
 T = TypeVar("T")
 
@@ -35,7 +37,13 @@ CLOCKS_DIFFER = 3600.0
 NOT_IN_BODY = frozenset({"extra_body", "extra_headers", "extra_query", "timeout"})
 """Arguments of the SDK's that are no part of a request's body."""
 
-IN_PROGRESS = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+UNREACHABLE, UNKNOWN = "unreachable", "unknown to the provider"
+"""States of ours: of a batch that cannot be looked at now, and of one that is not there though it should have ended."""
+
+IN_PROGRESS = frozenset({"validating", "in_progress", "finalizing", "cancelling", UNREACHABLE})
+
+LOST_AFTER = timedelta(hours=25)
+"""A batch ends within 24 hours: what is older and not at the provider was never created, or is gone."""
 
 
 class Gone(Exception):
@@ -103,7 +111,8 @@ class BatchAPI:
     def create(self, batch: Batch, input_file: str) -> str:
         """Create a batch of its uploaded requests, which is the paid call; return the provider's name of it.
 
-        Where no answer comes, the batch is looked for before it is created again.
+        Where no answer comes, the batch is looked for before it is created again. Only after `LLMUnreachable` may it
+        be there all the same.
         """
 
         def create() -> str:
@@ -115,14 +124,30 @@ class BatchAPI:
             )
             return made.id
 
-        for wait in LOOK_UP_AFTER:
+        unclear: LLMStopped | None = None
+        for wait in (*LOOK_UP_AFTER, None):
             try:
                 return self._ask_at_start(create)
-            except LLMUnreachable:
+            except LLMUnreachable as e:
+                unclear = e
+            except LLMStopped:
+                if unclear is None:
+                    raise
+                break
+            if wait is not None:
                 time.sleep(wait)
-            if (found := self.find(batch)) is not None:
-                return found
-        return self._ask_at_start(create)
+                if (found := self.find(batch)) is not None:
+                    return found
+        assert unclear is not None
+        raise unclear
+
+    def has_file(self, file_id: str) -> bool:
+        """Return whether a file is there."""
+        try:
+            self._ask(lambda: self._free.files.retrieve(file_id))
+        except Gone:
+            return False
+        return True
 
     def find(self, batch: Batch) -> str | None:
         """Return the provider's name of a batch that an earlier try may have created."""
@@ -138,8 +163,8 @@ class BatchAPI:
 
         return self._ask_at_start(find)
 
-    def state(self, remote: str) -> State:
-        """Return where a batch is."""
+    def state(self, remote: str, since: datetime) -> State:
+        """Return where a batch is that was handed over at `since`."""
         try:
             found = self._ask(lambda: self._free.batches.retrieve(remote))
             counts, errors = found.request_counts, found.errors.data if found.errors else None
@@ -151,7 +176,8 @@ class BatchAPI:
                 reason=code if re.fullmatch("[a-z_]{1,40}", code) else None,
             )
         except Gone:
-            pass
+            if utc_now() - since > LOST_AFTER:
+                return State(UNKNOWN, 0, [], None)
         raise LLMStopped(f"{self._endpoint} does not know the batch {remote}", at_start=False)
 
     def download(self, file_id: str, to: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from pydantic import AwareDatetime, ValidationError
 
+from tagger.dataset import Price
 from tagger.exceptions import StorageError
 from tagger.ledger import BatchBooks
 from tagger.runs import File, Run, read_parquet, writing_parquet
@@ -40,6 +41,8 @@ class Batch(File):
     shard: int
     conn_id: str
     requests: int
+    price: Price | None
+    """Of its tokens; None where it is not known."""
     books: str
     """Path of the shard file that its answers are booked in."""
     intended_at: AwareDatetime
@@ -102,12 +105,25 @@ class Batches:
         """Write where a batch is."""
         self.storage.put(self._path(batch), batch.model_dump_json(indent=2).encode())
 
+    def update(self, batch: Batch, **changes: object) -> Batch:
+        """Write what changed, beside what others wrote meanwhile; return the batch. One that is done stays so."""
+        latest = self.read(batch)
+        changed = (latest or batch).model_copy(update=changes)
+        if latest is not None:
+            self.write(changed)
+        return changed
+
     def texts(self, batch: Batch) -> dict[str, HandedOver]:
-        """Return a batch's texts by key."""
+        """Return a batch's texts by key; none where it is done by now."""
         texts: dict[str, HandedOver] = {}
-        for part in read_parquet(self.storage, self._texts_path(batch)):
-            for key, *text in zip(*(column.to_pylist() for column in part.columns), strict=True):
-                texts[key] = HandedOver(*text)
+        try:
+            for part in read_parquet(self.storage, self._texts_path(batch)):
+                for key, *text in zip(*(column.to_pylist() for column in part.columns), strict=True):
+                    texts[key] = HandedOver(*text)
+        except StorageError:
+            if self.read(batch) is not None:
+                raise
+            return {}
         return texts
 
     def keys(self, batches: list[Batch]) -> set[str]:

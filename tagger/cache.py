@@ -167,19 +167,19 @@ class Cache:
         """Take it that these keys have a record."""
         self._complete.update(keys)
 
-    def find(self, keys: Iterable[str]) -> set[str]:
-        """Return which of the keys have a record."""
+    def find(self, keys: Iterable[str], *, listing: bool = True) -> set[str]:
+        """Return which of the keys have a record; without `listing`, by one request for each."""
         wanted = set(keys)
-        return wanted - self.missing(wanted)
+        return wanted - self.missing(wanted, listing=listing)
 
-    def missing(self, keys: Iterable[str]) -> set[str]:
+    def missing(self, keys: Iterable[str], *, listing: bool = True) -> set[str]:
         """Return which of the keys have no record, with as few requests as that takes.
 
         The listing is not kept: beside the keys and a page a thread, only the result takes memory.
         """
         missing = set(keys)
         with ThreadPoolExecutor(_THREADS) as threads:
-            if self._is_listing_cheaper(len(missing)):
+            if listing and self._is_listing_cheaper(len(missing)):
                 gc.disable()  # the parsers' objects set it off, and it goes through all others: 3/4 of the time
                 try:
                     list(threads.map(lambda part: missing.difference_update(self._listed(part)), _PARTS))

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
-from tagger.runs import IdType, Run
+from tagger.runs import TOO_LONG, IdType, Run
 from tagger.spec import normalise, spec_id, spec_of, text_key
 from tagger.tables import connecting, existing_target
 
@@ -83,6 +83,11 @@ class OlderSpec:
     """A run that tagged some of them."""
 
 
+def _not_too_long(columns: Any) -> sa.ColumnElement[bool]:
+    """Leave rows out whose present text is never asked: no spec reaches them."""
+    return sa.or_(columns.error.is_(None), ~columns.error.like(f"{TOO_LONG}%"))
+
+
 class TargetRows:
     """The target table, as far as a plan has to know it."""
 
@@ -101,7 +106,7 @@ class TargetRows:
         t = self._table.c
         query = sa.select(t.row_id).where(t.status.in_(statuses))
         if but_spec is not None:
-            query = query.where(t.spec_id != but_spec)
+            query = query.where(t.spec_id != but_spec, _not_too_long(t))
         return set(self._connection.execute(query).scalars())
 
     def older_specs(self, spec: str) -> list[OlderSpec]:
@@ -110,7 +115,7 @@ class TargetRows:
         rows = sa.func.count()
         tagged_by = sa.func.max(sa.case((t.status.in_(GOOD), t.run_id)))
         query = sa.select(t.spec_id, rows, sa.func.count(t.cache_key.distinct()), tagged_by)
-        query = query.where(t.spec_id != spec).group_by(t.spec_id).order_by(rows.desc(), t.spec_id)
+        query = query.where(t.spec_id != spec, _not_too_long(t)).group_by(t.spec_id).order_by(rows.desc(), t.spec_id)
         return [OlderSpec(*row) for row in self._connection.execute(query)]
 
     def held(self, row_ids: list[Any]) -> list[Held | None]:

@@ -183,7 +183,7 @@ def _run(options: argparse.Namespace, connections: Connections) -> None:
     _snapshot(options, connections)
     run = _open(options, connections)
     planned = plan(run, connections)
-    if planned.pending:
+    if planned.pending and not options.dry_run:
         from tagger.batch import wait_for_others
 
         wait_for_others(run, connections)

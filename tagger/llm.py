@@ -362,6 +362,9 @@ def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
         choice = completion.choices[0]
         finish: str = choice.finish_reason or "unknown"
         refusal, content = choice.message.refusal, choice.message.content
+        model: str = completion.model or dataset.llm.model
+        if not isinstance(finish, str) or not isinstance(model, str):
+            raise TypeError
     except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses
         raise BadAnswer("no message") from None
     reason = None
@@ -369,7 +372,7 @@ def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
         reason = "refusal"
     elif finish in ("length", "content_filter"):
         reason = finish
-    return Message(completion.model or dataset.llm.model, finish, reason, content)
+    return Message(model, finish, reason, content)
 
 
 def usage_of(completion: ChatCompletion) -> Usage:

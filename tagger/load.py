@@ -23,7 +23,7 @@ from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import Latest, latest_outcomes, read_attempts
-from tagger.runs import IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
+from tagger.runs import TOO_LONG, IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
 from tagger.tables import connecting, existing_target, new_target, only_writer
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,6 @@ RECORDS_A_READ = 5000
 
 GOOD = ("tagged", "refused")
 """Statuses that are an answer to the present text."""
-
-TOO_LONG = "too_long"
 
 
 class Answer(NamedTuple):

@@ -65,6 +65,7 @@ class Texts:
 class Pace(File):
     """The part of `summary.json` that tells how fast a run was."""
 
+    mode: str
     llm_requests: int
     seconds: dict[str, float]
 
@@ -305,7 +306,9 @@ def _estimate(run: Run, dataset: Dataset, cache: Cache, lengths: Lengths, fastes
         with suppress(InputError, StorageError):  # it only tells the time
             pace = Run(run.storage, run.dataset_name, fastest).read("summary.json", Pace)
     rate = None
-    if pace is not None and pace.llm_requests >= dataset.llm.concurrency:  # else it was over before it was fast
+    if (
+        pace is not None and pace.mode == "online" and pace.llm_requests >= dataset.llm.concurrency
+    ):  # else it was over before it was fast
         rate = pace.llm_requests / max(pace.seconds["tag"], 1e-3)
     return estimate(dataset, lengths, cache.sample(sample_size(lengths.texts)), requests_per_second=rate)
 

@@ -33,6 +33,9 @@ WAVE_TEXTS = 250
 WAVE_CHARS = 8_000_000
 """A row group of a shard's file is a wave, which the tag step takes at a time: it holds no more, or one longer text."""
 
+TOO_LONG = "too_long"
+"""How the error of a row starts whose text is over `source.max_chars`."""
+
 IdType = Literal["integer", "text", "uuid"]
 
 FileModel = TypeVar("FileModel", bound=BaseModel)
@@ -132,6 +135,16 @@ class Plan(File):
     left of `limits.max_cost_usd_per_month`; None for no limit."""
     planned_at: AwareDatetime
     seconds: float
+
+    def find(self, number: int) -> Shard:
+        """Return a shard by its number.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not 1 <= number <= len(self.shards):
+            raise InputError(f"the run has {len(self.shards)} shards, no shard {number}")
+        return self.shards[number - 1]
 
 
 class Loaded(File):

@@ -215,9 +215,7 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
         StorageError: answers can no longer be written.
     """
     dataset, plan = run.dataset(), run.plan()
-    if not 1 <= number <= len(plan.shards):
-        raise InputError(f"run `{run.run_id}` has {len(plan.shards)} shards, no shard {number}")
-    shard = plan.shards[number - 1]
+    shard = plan.find(number)
     if dataset.llm.mode == "online":
         return _tag(run, dataset, plan, shard, connections, alone=alone)
     with collected(run, number, connections) as pending:
@@ -263,7 +261,7 @@ def _tag(
             texts.row_ids,
             budget=budget,
             locks=locks,
-            recheck=bool(earlier) or locks is not None,
+            recheck=bool(earlier) or locks is not None or dataset.llm.mode == "batch",
         )
         done = texts.answered()
         if done < shard.texts:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from demo.stand_in import Fate, Reply, StandIn, error
+from demo.stand_in import Fate, Reply, StandIn, completion, error, token_usage
 from tagger import batch as module
 from tagger.batch import settle, shard_batches, wait_for_shards
+from tagger.batch_api import BatchAPI
 from tagger.batches import Batch, Batches
 from tagger.cache import Cache
 from tagger.exceptions import InputError, LLMStopped, LLMUnreachable, RunFailed, TaggerError
@@ -468,8 +469,8 @@ def test_a_batch_that_was_never_created_is_given_up_after_a_day(
 ) -> None:
     put_texts(project, 2)
     run = planned(project)
-    llm.script_route("POST /v1/batches", *[error(401, "No.")])
-    with pytest.raises(LLMStopped):
+    llm.script_route("POST /v1/batches", *[error(500, "Broken.")] * 9)
+    with pytest.raises(LLMUnreachable):
         hand_over(project, run)
     assert at_provider(llm) != []
 
@@ -479,6 +480,7 @@ def test_a_batch_that_was_never_created_is_given_up_after_a_day(
     assert settle(run, project.connections) == []
 
     assert at_provider(llm) == []
+    llm._route_scripts.clear()
     assert finished(project, planned(project)).tagged == 2
 
 
@@ -515,3 +517,159 @@ def test_a_damaged_file_of_a_batch_says_so(project: Project, tmp_path: Path) -> 
 
     with pytest.raises(TaggerError, match=f"{path}: damaged"):
         tagged(project, run)
+
+
+# What a review found
+
+
+@pytest.mark.parametrize("route", ["POST /v1/files", "POST /v1/batches"])
+def test_a_refusal_leaves_nothing_pending_and_says_why(project: Project, llm: StandIn, route: str) -> None:
+    llm.script_route(route, error(401, "No."))
+    put_texts(project, 2)
+    run = planned(project)
+
+    with pytest.raises(LLMStopped):
+        hand_over(project, run)
+
+    assert (left(run), at_provider(llm)) == ([], [])
+    load_back(run, project.connections)
+    with pytest.raises(RunFailed, match="refuses the API key"):
+        report(run)
+    assert planned(project).plan().pending == 0
+
+
+def test_two_processes_at_one_shard_hand_it_over_once(
+    project: Project, llm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_texts(project, 3)
+    run = planned(project)
+    upload = BatchAPI.upload
+
+    def slow(api: BatchAPI, file: Path, batch: Batch) -> str:
+        made = upload(api, file, batch)
+        monkeypatch.setattr(BatchAPI, "upload", upload)
+        hand_over(project, run)  # the other process, while this one uploads
+        return made
+
+    monkeypatch.setattr(BatchAPI, "upload", slow)
+    summary = finished(project, run)
+
+    assert len(llm.submitted) == 1
+    assert (summary.tagged, summary.llm_requests) == (3, 3)
+
+
+def test_the_price_is_that_of_the_run_that_handed_over(project: Project, llm: StandIn) -> None:
+    put_texts(project, 3)
+    run = planned(project)
+    hand_over(project, run)
+    project.change(llm={"price": {"input": 0.0, "output": 0.0}})
+
+    planned(project)  # collects it
+
+    [attempt] = read_attempts(run)
+    assert sum(attempt.values("cost_usd")) > 0
+
+
+def test_nothing_more_is_handed_over_once_the_budget_is_spent(project: Project, llm: StandIn) -> None:
+    project.change(limits={"max_failed_fraction": 1, "max_cost_usd": 0.002})
+    wasted = completion("?", usage=token_usage(10_000, 5))
+    llm.script_batches(*[Fate(answer=lambda body: wasted)] * 2)
+    put_texts(project, 1)
+    run = planned(project)
+    finished(project, run)
+
+    with pytest.raises(RunFailed, match="budget reached"):
+        hand_over(project, run)
+
+    assert len(llm.submitted) == 1
+
+
+@pytest.mark.parametrize("fallback", [None, "online"])
+def test_what_another_run_answered_since_the_plan_is_not_asked(
+    project: Project, llm: StandIn, fallback: str | None
+) -> None:
+    project.change(llm={"batch_fallback": fallback})
+    put_texts(project, 3)
+    first, second = planned(project), planned(project)
+    assert finished(project, second).tagged == 3
+
+    summary = finished(project, first)
+
+    assert summary.tagged + summary.cached == 3
+    assert Counter(llm.calls_per_key().values()) == {1: 3}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": 5}, {"model": ["x"]}, {"_fields_set": 3}, {"choices": [{"finish_reason": {}}]}]
+)
+def test_an_odd_completion_fails_its_text_alone(project: Project, llm: StandIn, wrong: dict[str, Any]) -> None:
+    def output(lines: list[str]) -> list[str]:
+        line = json.loads(lines[0])
+        line["response"]["body"] |= wrong
+        return [json.dumps(line), *lines[1:]]
+
+    llm.script_batches(Fate(output=output))
+    put_texts(project, 3)
+    run = planned(project)
+
+    counts = tagged(project, run)
+
+    assert counts["tagged"] in (2, 3)
+    assert sum(counts.values()) == 3
+
+
+def test_a_batch_that_the_provider_lost_fails_its_texts_in_the_end(
+    project: Project, llm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_texts(project, 2)
+    run = planned(project)
+    hand_over(project, run)
+    llm.script_route("GET /v1/batches/{id}", *[error(404, "No batch.")] * 9)
+    with pytest.raises(LLMStopped, match="does not know the batch"):
+        tag(run, 1, project.connections)
+
+    monkeypatch.setattr("tagger.batch_api.LOST_AFTER", timedelta(0))
+
+    assert tagged(project, run) == {"failed": 2}
+
+
+def test_a_key_that_may_not_delete_files_keeps_no_answer_back(project: Project, llm: StandIn) -> None:
+    llm.script_route("DELETE /v1/files/{id}", *[error(403, "No.")] * 9)
+    put_texts(project, 2)
+
+    assert finished(project, planned(project)).tagged == 2
+
+
+def test_a_blip_does_not_end_the_wait(project: Project, llm: StandIn) -> None:
+    llm.script_route("GET /v1/batches/{id}", *[error(500, "Broken.")] * 2)
+    put_texts(project, 2)
+
+    assert finished(project, planned(project)).tagged == 2
+
+
+def test_an_input_file_that_is_gone_is_uploaded_again(project: Project, llm: StandIn) -> None:
+    llm.script_route("POST /v1/batches", *[error(500, "Broken.")] * 4)
+    put_texts(project, 2)
+    run = planned(project)
+    with pytest.raises(LLMUnreachable):
+        hand_over(project, run)
+    for file in llm.files:
+        file.delete()
+
+    assert finished(project, run).tagged == 2
+
+
+def test_an_answer_that_was_cut_off_is_asked_again_by_the_fallback(project: Project, llm: StandIn) -> None:
+    project.change(llm={"batch_fallback": "online"})
+    llm.script_batches(Fate(answer=lambda body: completion('{"tags": [', "length")))
+    put_texts(project, 1)
+
+    assert finished(project, planned(project)).tagged == 1
+
+
+def test_a_shard_that_is_not_there(project: Project) -> None:
+    put_texts(project, 1)
+    run = planned(project)
+
+    with pytest.raises(InputError, match="the run has 1 shards, no shard 99"):
+        tagged(project, run, 99)

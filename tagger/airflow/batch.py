@@ -83,11 +83,12 @@ class BatchesEnded(BaseTrigger):
 def _in_progress(client: Any, batches: list[str]) -> list[str]:
     from tagger.batch_api import BatchAPI
     from tagger.exceptions import LLMStopped, LLMUnreachable
+    from tagger.runs import utc_now
 
     api, waiting = BatchAPI(client), []
     for batch in batches:
         try:
-            if not api.state(batch).ended:
+            if not api.state(batch, utc_now()).ended:
                 waiting.append(batch)
         except LLMUnreachable:
             waiting.append(batch)
