@@ -1,4 +1,4 @@
-"""A shard in batch mode is killed with -9 before and after each thing that it does to S3 or to the provider."""
+"""A shard in batch mode, of two batches with a failing line, is killed with -9 wherever that may matter."""
 
 import multiprocessing
 import os
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from demo.stand_in import StandIn
+from demo.stand_in import Fate, Reply, StandIn, error
+from tagger import batch
 from tagger.batch import wait_for_shards
 from tagger.batch_api import BatchAPI
 from tagger.batches import Batches
@@ -25,9 +26,10 @@ from tagger.storage import Storage
 from tagger.tag import tag
 from tests.project import Project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-TEXTS = 6
+TEXTS, OF_A_BATCH = 6, 4
+FAILING = "number 5"
 STEPS = [(Storage, name) for name in ("put", "create", "upload", "delete")] + [
     (BatchAPI, name) for name in ("upload", "create", "download", "delete")
 ]
@@ -61,6 +63,7 @@ def tag_shard(
 
     for owner, name in STEPS:
         setattr(owner, name, watched(f"{owner.__name__}.{name}", getattr(owner, name)))
+    batch.MAX_REQUESTS = OF_A_BATCH
     run = open_run(dataset, run_id, connections.get)
     wait_for_shards(run, [1], connections.get)
     tag(run, 1, connections.get)
@@ -77,12 +80,17 @@ def start(project: Project, run_id: str, kill_at: int | None, steps: Any = None)
     return process.exitcode
 
 
+def fail_one(body: dict[str, Any]) -> Reply | None:
+    return error(500, "Broken.") if FAILING in body["messages"][1]["content"] else None
+
+
 def new_run(project: Project, number: int) -> str:
     with project.engine.begin() as connection:
         connection.execute(sa.text("DELETE FROM notes"))
         rows = [{"id": i, "body": f"apple {number:03} number {i}"} for i in range(TEXTS)]
         connection.execute(sa.text("INSERT INTO notes (id, body) VALUES (:id, :body)"), rows)
-    project.change(limits={"max_deleted_fraction": 1})
+    project.llm.script_batches(*[Fate(answer=fail_one)] * 2)
+    project.change(limits={"max_deleted_fraction": 1, "max_failed_fraction": 1})
     run = project.take(f"run-{number}", all_rows=True)
     plan(run, project.connections)
     return run.run_id
@@ -102,10 +110,11 @@ def moments(project: Project) -> list[str]:
 def test_nothing_is_handed_over_twice_or_lost_wherever_it_is_killed(project: Project, llm: StandIn) -> None:
     project.change(llm={"mode": "batch"})
     all_moments = moments(project)
-    assert len(all_moments) > 30
+    *_, last, _, _ = (i for i, name in enumerate(all_moments) if name == "after Storage.delete")
+    assert last > 50
     price = None
 
-    for kill_at, name in enumerate(all_moments):
+    for kill_at, name in enumerate(all_moments[:last]):  # after that the shard is done: what follows is a clear
         calls, batches = len(llm.calls), len(llm.submitted)
         run_id = new_run(project, kill_at + 1)
         assert start(project, run_id, kill_at) == -signal.SIGKILL, name
@@ -116,10 +125,10 @@ def test_nothing_is_handed_over_twice_or_lost_wherever_it_is_killed(project: Pro
         summary = report(run)
 
         where = f"killed {name}, moment {kill_at}"
-        assert len(llm.submitted) == batches + 1, where
+        assert len(llm.submitted) == batches + 2, where
         assert Counter(Counter(call.key for call in llm.calls[calls:]).values()) == {1: TEXTS}, where
-        assert (summary.state, summary.texts, summary.tagged) == ("success", TEXTS, TEXTS), where
-        assert {row.status for row in project.target().values()} == {"tagged"}, where
+        assert (summary.state, summary.texts, summary.tagged, summary.failed) == ("success", TEXTS, TEXTS - 1, 1), where
+        assert Counter(row.status for row in project.target().values()) == {"tagged": TEXTS - 1, "failed": 1}
         assert [file.filename for file in llm.files if not file.deleted] == [], where
         assert Batches(run.storage, run.plan().spec_id).all() == [], where
         assert summary.llm_requests == TEXTS, where
