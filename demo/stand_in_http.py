@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
@@ -95,7 +96,7 @@ def page(items: Sequence[Json], request: Request, default: int, most: int) -> Re
     return Reply(body={"object": "list", "data": data, "has_more": start + len(data) < len(items)} | ends)
 
 
-class Server(ThreadingTCPServer):
+class Server(ThreadingTCPServer, ABC):
     """A server that answers in threads inside its `with` block; raises OSError on a port in use."""
 
     allow_reuse_address = True
@@ -106,9 +107,9 @@ class Server(ThreadingTCPServer):
         self.closed = threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
 
+    @abstractmethod
     def respond(self, request: Request) -> Reply:
         """Answer a request; returns when the reply's delay is over."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         """Start answering."""

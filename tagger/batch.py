@@ -125,8 +125,7 @@ class ShardBatches:
     def _check_budget(self) -> None:
         if self._plan.budget_usd is None:
             return
-        spent = sum(cost or 0.0 for attempt in read_attempts(self._run) for cost in attempt.values("cost_usd"))
-        if spent >= self._plan.budget_usd:
+        if sum(attempt.spent_usd for attempt in read_attempts(self._run)) >= self._plan.budget_usd:
             raise RunFailed(f"{BUDGET_REACHED}: the run's budget of {usd(self._plan.budget_usd)} is spent")
 
     def _hand_over(self, requests: Requests) -> None:

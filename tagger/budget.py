@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 
 from tagger.dataset import Dataset
 from tagger.exceptions import BUDGET_REACHED, InputError
@@ -67,8 +66,7 @@ def budget_of(run: Run, dataset: Dataset) -> Budget:
         start, end = month_of(utc_now(), dataset)
         others = spent_usd(run.storage, run.dataset_name, start, end, but_run=run.run_id)
         month = max(limits.max_cost_usd_per_month - others, 0.0)
-    costs = chain.from_iterable(attempt.values("cost_usd") for attempt in read_attempts(run))
-    return Budget(limits.max_cost_usd, month, math.fsum(cost or 0.0 for cost in costs))
+    return Budget(limits.max_cost_usd, month, math.fsum(attempt.spent_usd for attempt in read_attempts(run)))
 
 
 def month_of(instant: datetime, dataset: Dataset) -> tuple[datetime, datetime]:

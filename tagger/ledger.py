@@ -96,6 +96,11 @@ class Attempt:
             for row in zip(*others, _instants(batch.column("answered_at")), strict=True):
                 yield Outcome(*row)
 
+    @property
+    def spent_usd(self) -> float:
+        """What it cost; unknown costs count as nothing."""
+        return sum(cost or 0.0 for cost in self.values("cost_usd"))
+
     def values(self, name: str) -> list[Any]:
         """Return one column of all rows."""
         values: list[Any] = self.file.read(columns=[name]).column(0).to_pylist()

@@ -6,7 +6,7 @@ The attempts' files are the books. Redis only tells the shards of each other soo
 import math
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
-from tagger.ledger import Attempt, Ledger, read_attempts
+from tagger.ledger import Ledger, read_attempts
 from tagger.price import usd
 from tagger.runs import Plan, Run
 
@@ -78,7 +78,9 @@ class SharedBudget:
         """
         total = self._book({self._attempt: by_attempt}) if self._has_read_files else None
         if total is None:
-            in_files = {f"shard-{each.shard}-{each.attempt}.parquet": _spent(each) for each in read_attempts(self._run)}
+            in_files = {
+                f"shard-{each.shard}-{each.attempt}.parquet": each.spent_usd for each in read_attempts(self._run)
+            }
             total = self._book(in_files | {self._attempt: by_attempt}, anew=True)
             self._has_read_files = True
         return total >= self._amount
@@ -110,15 +112,10 @@ def shard_budget(
     if redis is not None:
         return SharedBudget(redis, run, ledger.create().rpartition("/")[2], plan.budget_usd, name)
     attempts = read_attempts(run)
-    left = plan.budget_usd - sum(map(_spent, attempts))
+    left = plan.budget_usd - sum(attempt.spent_usd for attempt in attempts)
     if alone or len(plan.shards) == 1:
         return LocalBudget(left, name)
-    before = sum(_spent(attempt) for attempt in attempts if attempt.plan_id != plan.plan_id)
-    own = sum(_spent(attempt) for attempt in attempts if (attempt.plan_id, attempt.shard) == (plan.plan_id, shard))
+    before = sum(attempt.spent_usd for attempt in attempts if attempt.plan_id != plan.plan_id)
+    own = sum(attempt.spent_usd for attempt in attempts if (attempt.plan_id, attempt.shard) == (plan.plan_id, shard))
     share = (plan.budget_usd - before) / len(plan.shards) - own
     return LocalBudget(min(share, left), f"this shard's share of {name}")
-
-
-def _spent(attempt: Attempt) -> float:
-    """Return what an attempt has spent, as its file tells; unknown costs count as nothing."""
-    return sum(cost or 0.0 for cost in attempt.values("cost_usd"))

@@ -27,6 +27,7 @@ from tagger.price import estimated_tokens
 from tagger.throttle import LocalRates, Rates, Stopped, Throttle
 from tests.conftest import REPOSITORY
 from tests.project import MINIMAL, merged
+from tests.test_llm import Counted
 
 LINGER_SECONDS = 0.5
 """Longer than it takes to start some threads, whatever else the machine does."""
@@ -592,21 +593,6 @@ def test_a_request_is_booked_once_with_all_its_texts(crowd: Crowd, llm: StandIn)
     [(keys, usage)] = crowd.spent
     assert sorted(keys) == [key_of(number) for number in range(4)]
     assert usage == Usage(input=1000, cached_input=900, output=40)
-
-
-class Counted:
-    """Rates that let all calls start, and note what they are told."""
-
-    def __init__(self) -> None:
-        self.reserved: list[float] = []
-        self.settled: list[float] = []
-
-    def reserve(self, tokens: float) -> float:
-        self.reserved.append(tokens)
-        return 0.0
-
-    def settle(self, tokens: float) -> None:
-        self.settled.append(tokens)
 
 
 def test_the_rates_know_a_request_for_several_texts_from_one_for_one(new_crowd: MakeCrowd, llm: StandIn) -> None:
