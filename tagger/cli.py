@@ -14,7 +14,7 @@ from tagger import __version__
 from tagger.connections import Connections, connections_from_env
 from tagger.dataset import Dataset
 from tagger.dataset_files import dataset_files, datasets_folder, find_dataset, load_dataset
-from tagger.exceptions import InputError, TaggerError, Terminated
+from tagger.exceptions import InputError, RunFailed, TaggerError, Terminated
 
 DESCRIPTION = """Tag the new and changed texts of a table with an LLM, and pay for each text once.
 
@@ -145,7 +145,9 @@ def _snapshot(options: argparse.Namespace, connections: Connections) -> None:
 def _plan(options: argparse.Namespace, connections: Connections) -> None:
     from tagger.plan import plan
 
-    plan(_open(options, connections), connections)
+    planned = plan(_open(options, connections), connections)
+    if planned.problem is not None:
+        raise RunFailed(planned.problem)
 
 
 def _tag(options: argparse.Namespace, connections: Connections) -> None:
@@ -183,7 +185,7 @@ def _run(options: argparse.Namespace, connections: Connections) -> None:
     _snapshot(options, connections)
     run = _open(options, connections)
     planned = plan(run, connections)
-    if planned.pending and not options.dry_run:
+    if planned.pending and planned.problem is None and not options.dry_run:
         from tagger.batch import wait_for_others
 
         wait_for_others(run, connections)

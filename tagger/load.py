@@ -51,7 +51,7 @@ BLANK = Answer("blank")
 CACHED = Answer("cached", answered=True)
 SKIPPED = Answer("skipped", error="not asked yet; the next run asks")
 DEFERRED = Answer("deferred")
-"""Left to a later run by the rollout of a new spec: the row stays as it is."""
+"""Left to a later run by the plan: the row stays as it is."""
 PENDING = Answer("pending", error="in a batch that has not ended; a later run takes its answer")
 DAMAGED = Answer("failed", error="the cache record was damaged; the next run tags the text again")
 

@@ -20,7 +20,7 @@ from tagger.changes import OlderSpec, Why, frozen_dataset, newest, spec_change, 
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.estimate import LEAST_SAMPLE, Lengths, estimate, sample_size
-from tagger.exceptions import InputError, RunFailed, StorageError
+from tagger.exceptions import InputError, StorageError
 from tagger.price import cost_usd, price_of, usd
 from tagger.runs import (
     Estimate,
@@ -43,7 +43,7 @@ from tagger.tables import connecting, existing_target
 logger = logging.getLogger(__name__)
 
 NEW_KEYS_SCHEMA = pa.schema([("key", pa.string()), ("deferred", pa.bool_())])
-"""`deferred` texts are new by the spec alone and wait for a later run; their rows in the target stay as they are."""
+"""The rows of `deferred` texts stay in the target as they are: a later run asks for them."""
 
 WITHOUT_LOCK = "without `lock`, two runs or machines that ask the same text at the same time may both pay for it"
 
@@ -73,9 +73,10 @@ class Pace(File):
 def plan(run: Run, connections: Connections) -> Plan:
     """Find out which texts of the snapshot the cache lacks, and write them out by shard.
 
+    Where they would cost more than the budget leaves, the plan has a `problem` and no shard.
+
     Raises:
         InputError: the run has no snapshot, or a budget is set and the price is not known.
-        RunFailed: the new texts would cost more than the budget leaves; none is asked.
     """
     clock = time.monotonic()
     dataset, taken = run.dataset(), run.snapshot()
@@ -105,9 +106,7 @@ def plan(run: Run, connections: Connections) -> Plan:
                 why = why_new(new, refused, rows, snapshot, target) if target else dict.fromkeys(new, Why.NEW_TEXT)
                 deferred = _deferred(taken, why, rows)
                 fastest = target.largest_run(spec) if target else None
-        with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
-            keys = [*new, *pending]
-            parquet.write({"key": keys, "deferred": [key in deferred for key in keys]})
+        keys = [*new, *pending]
         new -= deferred
         asked = NewTexts(snapshot, new, options.limit, Lengths(dataset.llm))
         if asked.size and options.dry_run:
@@ -116,6 +115,12 @@ def plan(run: Run, connections: Connections) -> Plan:
             shards = write_shards(run, plan_id, asked, rows, dataset.shards)
     expected = _estimate(run, dataset, cache, asked.lengths, fastest)
     budget = budget_of(run, dataset) if asked.size else Budget(dataset.limits.max_cost_usd)
+    over = budget.problem(expected)
+    unasked = deferred
+    if over and not options.dry_run:
+        shards, unasked = [], deferred | _left_as_they_are(taken, why)
+    with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
+        parquet.write({"key": keys, "deferred": [key in unasked for key in keys]})
     before = frozen_dataset(run, older[0]) if older else None
     planned = Plan(
         plan_id=plan_id,
@@ -134,6 +139,7 @@ def plan(run: Run, connections: Connections) -> Plan:
         estimate=expected,
         estimated_usd=expected.usd,
         budget_usd=budget.total,
+        problem=None if options.dry_run else over,
         shards=shards,
         target_rows=target_count,
         older_spec_rows=sum(each.rows for each in older),
@@ -145,11 +151,9 @@ def plan(run: Run, connections: Connections) -> Plan:
     )
     for line in describe(planned, dataset, taken):
         logger.info("plan: %s", line)
-    if problem := budget.problem(expected):
-        if not options.dry_run:
-            raise RunFailed(problem)
-        logger.info("plan: %s", problem)
-    if not options.dry_run:
+    if over:
+        logger.warning("plan: %s", over)
+    elif not options.dry_run:
         for key in refused - asked.left:  # what has a record is not asked
             cache.remove(key)
     run.write("plan.json", planned)
@@ -295,6 +299,17 @@ def _deferred(taken: Snapshot, why: dict[str, Why], rows: pq.ParquetFile) -> set
     if taken.options.limit is not None:
         most = min(most, max(taken.options.limit - len(why) + len(waiting), 0))
     return waiting - newest(waiting, most, rows) if len(waiting) > most else set()
+
+
+def _left_as_they_are(taken: Snapshot, why: dict[str, Why]) -> set[str]:
+    """Return which of the texts that are too dear to ask leave their rows in the target as they are.
+
+    The others' become `skipped`, so that later runs take them when they have left the window. What a run takes beyond
+    its window was not in sight before it either, and must not make every later run too dear.
+    """
+    if taken.selection.rows == "window" and taken.selection.unfinished:
+        return {key for key, reason in why.items() if reason is Why.NEW_SPEC}
+    return set(why)
 
 
 def _estimate(run: Run, dataset: Dataset, cache: Cache, lengths: Lengths, fastest: str | None) -> Estimate:

@@ -99,7 +99,7 @@ def report(run: Run) -> Summary:
 
     Raises:
         InputError: the run has no plan.
-        RunFailed: a shard broke, load_back did not succeed, or too many texts failed.
+        RunFailed: the plan was beyond the budget, a shard broke, load_back did not succeed, or too many texts failed.
     """
     clock = utc_now()
     dataset, taken, planned = run.dataset(), run.snapshot(), run.plan()
@@ -206,6 +206,8 @@ def _problems(
     dataset: Dataset, planned: Plan, loaded: Loaded | None, attempts: list[Attempt], outcomes: Collection[Latest]
 ) -> Iterator[str]:
     """Yield why the run is not acceptable."""
+    if planned.problem:
+        yield planned.problem
     latest = {attempt.shard: attempt for attempt in attempts}
     for shard in planned.shards:
         attempt = latest.get(shard.shard)

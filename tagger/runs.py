@@ -133,6 +133,8 @@ class Plan(File):
     budget_usd: float | None = None
     """What the run's calls, earlier attempts at it included, may cost: the least of `limits.max_cost_usd` and what is
     left of `limits.max_cost_usd_per_month`; None for no limit."""
+    problem: str | None = None
+    """Why no text is asked though some are new: the budget. The report fails with it."""
     planned_at: AwareDatetime
     seconds: float
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from tagger.budget import month_of
-from tagger.exceptions import BUDGET_REACHED, InputError, RunFailed
+from tagger.exceptions import BUDGET_REACHED, RunFailed
 from tagger.load import load_back
 from tagger.plan import plan
+from tagger.report import report
 from tagger.runs import Plan, Run
 from tagger.tag import tag
 from tagger.window import Options
@@ -46,9 +47,9 @@ def estimated(project: Project) -> float:
 
 def refusal(run: Run, project: Project) -> str:
     """Returns why the plan of a run is refused."""
-    with pytest.raises(RunFailed) as caught:
-        plan(run, project.connections)
-    return str(caught.value)
+    planned = plan(run, project.connections)
+    assert planned.problem is not None and planned.shards == []
+    return planned.problem
 
 
 def test_a_plan_beyond_the_limit_stops_before_the_first_call(project: Project) -> None:
@@ -62,9 +63,12 @@ def test_a_plan_beyond_the_limit_stops_before_the_first_call(project: Project) -
     assert told.startswith(BUDGET_REACHED)
     assert "20 new texts" in told and f"`limits.max_cost_usd` leaves this run ${amount:.4f}" in told
     assert "Raise `limits.max_cost_usd`" in told and "--max-cost-usd" in told
+    load_back(run, project.connections)
     assert (project.llm.calls, project.target()) == ([], {})
-    with pytest.raises(InputError, match=r"no plan\.json"):
-        run.plan()
+    with pytest.raises(RunFailed, match=BUDGET_REACHED):
+        report(run)
+    summary = project.summary(run)
+    assert (summary.texts, summary.skipped, summary.cost_usd) == (20, 20, 0.0)
 
 
 def test_what_the_refusal_names_as_a_limit_fits(project: Project) -> None:
@@ -118,7 +122,7 @@ def test_a_dry_run_says_so_and_goes_on(project: Project, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, "tagger.plan"):
         planned = plan(take(project, dry_run=True), project.connections)
 
-    assert planned.new == 20
+    assert (planned.new, planned.problem) == (20, None)
     assert any(record.getMessage().startswith(f"plan: {BUDGET_REACHED}") for record in caplog.records)
 
 
@@ -158,6 +162,89 @@ def test_texts_that_a_refused_plan_would_ask_again_keep_their_records(project: P
 
     limited(project, None)
     assert plan(take(project), project.connections).cached == 1
+
+
+# What becomes of the rows of a plan beyond the limit
+
+
+WINDOW_END = datetime(2026, 11, 22, tzinfo=UTC)
+
+
+def changed_rows(project: Project, texts: dict[int, str], at: str = "2026-11-21 12:00:00") -> None:
+    put_rows(project, texts, at)
+    project.change(source={"updated_at": "updated_at"})
+
+
+def failing_run(project: Project, **selection: Any) -> None:
+    with pytest.raises(RunFailed, match=BUDGET_REACHED):
+        project.run(**selection)
+
+
+def test_rows_of_a_window_are_taken_by_the_run_that_can_afford_them(project: Project) -> None:
+    changed_rows(project, {1: "apple", 2: "pear"})
+    limited(project, 1e-9)
+
+    failing_run(project, end=WINDOW_END)
+
+    assert {row.status for row in project.target().values()} == {"skipped"}
+    failing_run(project, end=WINDOW_END + timedelta(days=30))
+    limited(project, None)
+    summary = project.run(end=WINDOW_END + timedelta(days=60))
+    assert (summary.tagged, {row.status for row in project.target().values()}) == (2, {"tagged"})
+
+
+def test_a_changed_text_keeps_its_tags_until_a_run_can_afford_it(project: Project) -> None:
+    changed_rows(project, {1: "apple", 2: "pear"})
+    project.run(end=WINDOW_END)
+    project.put(1, "zebra", "2026-11-21 13:00:00")
+    limited(project, 1e-9)
+
+    failing_run(project, end=WINDOW_END)
+
+    assert {row_id: (row.status, row.tags) for row_id, row in project.target().items()} == {
+        1: ("skipped", ["fruit"]),
+        2: ("tagged", []),
+    }
+
+
+def test_what_is_cached_is_loaded_beside_a_plan_beyond_the_limit(project: Project) -> None:
+    changed_rows(project, {1: "apple"})
+    project.run(end=WINDOW_END)
+    changed_rows(project, {2: "apple", 3: "pear"})
+    limited(project, 1e-9)
+
+    failing_run(project, end=WINDOW_END)
+
+    assert {row_id: row.status for row_id, row in project.target().items()} == {1: "tagged", 2: "tagged", 3: "skipped"}
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [{"all_rows": True}, {"day": date(2026, 11, 21)}, {"end": WINDOW_END, "kind": "backfill"}],
+    ids=["all", "day", "backfill"],
+)
+def test_a_run_of_rows_that_were_out_of_sight_makes_no_later_run_too_dear(
+    project: Project, selection: dict[str, Any]
+) -> None:
+    changed_rows(project, {1: "apple", 2: "pear"})
+    limited(project, 1e-9)
+
+    failing_run(project, **selection)
+
+    assert project.target() == {}
+    assert project.run(end=WINDOW_END + timedelta(days=30)).texts == 0
+
+
+@pytest.mark.parametrize("rollout", [None, {"texts_per_run": 1}])
+def test_rows_of_an_older_spec_stay_tagged(project: Project, rollout: dict[str, int] | None) -> None:
+    changed_rows(project, {1: "apple", 2: "pear"})
+    project.run(end=WINDOW_END)
+    project.change(revision=2, rollout=rollout)
+    limited(project, 1e-9)
+
+    failing_run(project, end=WINDOW_END)
+
+    assert {row.status for row in project.target().values()} == {"tagged"}
 
 
 # The month

@@ -47,12 +47,11 @@ NEXT_STEPS = {
 NEXT_STEP_DIED = (
     "See what ended it (memory, a lost machine, somebody), then clear the task: no answered text is paid for again."
 )
-NEXT_STEPS_BUDGET = {
-    "plan": "Nothing has been paid for. Do what the reason names, then clear the task snapshot, which reads the "
-    "dataset file again; or trigger the DAG with another max_cost_usd, or with a limit.",
-    "report": "The next run asks first for the texts that were skipped, up to its own limit. To have them now, raise "
-    "limits.max_cost_usd in the dataset file and trigger the DAG.",
-}
+NEXT_STEP_BUDGET = (
+    "The next run asks first for the texts that were skipped, up to its own limit. To have them now, raise the limit "
+    "that the reason names in the dataset file and clear the task snapshot, which reads the file again; or trigger the "
+    "DAG with another max_cost_usd, or with a limit."
+)
 NEXT_STEP_FAILURES = "Nothing: the next run asks for these texts again. Where refusals repeat, look at the rows named."
 NEXT_STEP_LATE = (
     "See what it waits for: a run before it, a free slot of its pool, the LLM. It is not stopped, and mails again if "
@@ -101,8 +100,8 @@ class RunFailedMail(BaseNotifier):
         reason = DIED if error is None else _reason(error)
         headline = "dataset file cannot be used" if step == "dataset_file" else f"run failed at {step}"
         next_step = NEXT_STEP_DIED if error is None else NEXT_STEPS[step]
-        if over := step in NEXT_STEPS_BUDGET and BUDGET_REACHED in reason:
-            headline, next_step = "budget reached", NEXT_STEPS_BUDGET[step]
+        if over := step == "report" and BUDGET_REACHED in reason:
+            headline, next_step = "budget reached", NEXT_STEP_BUDGET
         day = _day(dag_run.conf, dag_run.logical_date or dag_run.run_after, self.timezone)
         return Mail(
             dataset=self.dataset,

@@ -25,7 +25,8 @@ STEPS = {
 **It fails** when the source or the storage is away, when a table or column is missing, or when ids appear twice or
 timestamps are none; the last line of the log names it. Nothing is paid for yet. Mend it, then clear this task.""",
     "plan": """Finds out which of the texts have no answer in the cache, and spreads them over shards. The log says how
-many are new, and what they will cost.
+many are new, and what they will cost. Beyond the budget none is asked: there is no shard, and `report` fails the run
+with the figures.
 
 **It fails** when storage or target is away, or when a cost limit is set and the model's price is not known. Nothing is
 paid for yet. Mend it, then clear this task.""",
