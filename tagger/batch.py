@@ -384,7 +384,7 @@ def _wait(look: Callable[[], list[tuple[Batch, State]]]) -> None:
                 bar.set_description_str(f"batch {waiting[0][1].status}")
                 if bar.disable and time.monotonic() - logged >= LONGEST_POLL_SECONDS:
                     logged = time.monotonic()
-                    logger.info("waiting for %d batches: %d of %d requests done", len(waiting), done, total)
+                    logger.info("waiting for batches (%d): %d of %d requests done", len(waiting), done, total)
                 time.sleep(pause)
                 pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
     except KeyboardInterrupt:
