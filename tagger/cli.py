@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from tagger import __version__
 from tagger.connections import Connections, connections_from_env
 from tagger.dataset import Dataset
 from tagger.dataset_files import dataset_files, datasets_folder, find_dataset, load_dataset
-from tagger.exceptions import InputError, RunFailed, TaggerError, Terminated
+from tagger.exceptions import InputError, RunFailed, StorageError, TaggerError, Terminated
 
 DESCRIPTION = """Tag the new and changed texts of a table with an LLM, and pay for each text once.
 
@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     shown = report.add_mutually_exclusive_group()
     shown.add_argument("--run-id", metavar="ID")
     shown.add_argument("--by", choices=["day", "month"], help="show the history only, all of it")
+    shown.add_argument(
+        "--html", metavar="FILE", type=Path, help="write it all as a page, in one file that needs no other"
+    )
     for sub in (snapshot, run):
         rows = sub.add_mutually_exclusive_group()
         rows.add_argument("--day", type=_day, metavar="YYYY-MM-DD", help="the rows changed on this day")
@@ -111,7 +114,7 @@ def _check(options: argparse.Namespace, connections: Connections) -> None:
     from tagger.airflow.check import check_airflow
     from tagger.check import check
 
-    failed: TaggerError | None = None
+    failed: list[TaggerError] = []
     for path in _paths(options.dataset):
         try:
             dataset = load_dataset(path)
@@ -119,11 +122,8 @@ def _check(options: argparse.Namespace, connections: Connections) -> None:
             for line in chain(check(dataset, connections, create=options.create), of_airflow):
                 print(f"{path.stem}: {line}")
         except TaggerError as e:
-            if failed is not None:
-                print(f"tagger: {failed}", file=sys.stderr)
-            failed = e
-    if failed is not None:
-        raise failed
+            failed.append(e)
+    _raise(failed)
 
 
 def _snapshot(options: argparse.Namespace, connections: Connections) -> None:
@@ -226,8 +226,10 @@ def _report(options: argparse.Namespace, connections: Connections) -> None:
 
     if options.csv and options.by is None:
         raise InputError("`--csv` needs `--by day` or `--by month`")
+    if options.html and options.json:
+        raise InputError("`--html` and `--json` do not go together")
     if options.run_id is None:
-        show = _show_latest if options.by is None else _show_history
+        show = _write_page if options.html else _show_latest if options.by is None else _show_history
         show(options, connections)
         return
     if options.dataset is None:
@@ -242,32 +244,39 @@ def _report(options: argparse.Namespace, connections: Connections) -> None:
 
 def _show_latest(options: argparse.Namespace, connections: Connections) -> None:
     """Show the latest run of each dataset, and where one is named its history too."""
-    from tagger.history import DAYS_SHOWN, as_table, history, read_entries
-    from tagger.report import describe, summaries
+    from tagger.history import DAYS_SHOWN, as_table, history
+    from tagger.report import Summary, describe
+    from tagger.runs import Run
 
-    for dataset, runs in _runs(options, connections):
-        found = summaries(runs)
-        if not found:
-            print(f"{dataset.dataset}: no {'finished run' if runs else 'run'} yet", file=sys.stderr)
+    failed: list[TaggerError] = []
+    for path in _report_paths(options):
+        storage, rollup = _rollup(load_dataset(path), connections)
+        failed += map(StorageError, rollup.problems)
+        finished = [run.run_id for run in rollup.runs if run.summary]
+        latest = Run(storage, rollup.dataset, finished[-1]).read("summary.json", Summary) if finished else None
+        if latest is None:
+            print(f"{rollup.dataset}: no {'finished run' if rollup.runs else 'run'} yet", file=sys.stderr)
         elif options.json:
-            print(found[-1].model_dump_json())
+            print(latest.model_dump_json())
         else:
-            print("\n".join(describe(found[-1])))
-        if options.dataset and not options.json and (entries := read_entries(runs, found)):
-            days = history(dataset, entries, "day")[-DAYS_SHOWN:]
-            print("", *as_table(days, "day"), "", *as_table(history(dataset, entries, "month"), "month"), sep="\n")
+            print("\n".join(describe(latest)))
+        if options.dataset and not options.json and not failed and (days := history(rollup, "day")):
+            months = history(rollup, "month")
+            print("", *as_table(days[-DAYS_SHOWN:], "day"), "", *as_table(months, "month"), sep="\n")
+    _raise(failed)
 
 
 def _show_history(options: argparse.Namespace, connections: Connections) -> None:
     """Show the days, or the months, of each dataset."""
-    from tagger.history import as_csv, as_rows, as_table, history, read_entries
-    from tagger.report import summaries
+    from tagger.history import as_csv, as_rows, as_table, history
 
     periods = []
-    for dataset, runs in _runs(options, connections):
-        if not runs:
-            print(f"{dataset.dataset}: no run yet", file=sys.stderr)
-        periods += history(dataset, read_entries(runs, summaries(runs)), options.by)
+    for path in _report_paths(options):
+        _, rollup = _rollup(load_dataset(path), connections)
+        if not rollup.runs:
+            print(f"{rollup.dataset}: no run yet", file=sys.stderr)
+        _raise([StorageError(problem) for problem in rollup.problems])  # sums without them would be wrong
+        periods += history(rollup, options.by)
     if options.json:
         print(json.dumps(as_rows(periods, options.by)))
     elif options.csv:
@@ -276,14 +285,50 @@ def _show_history(options: argparse.Namespace, connections: Connections) -> None
         print("\n".join(as_table(periods, options.by)))
 
 
-def _runs(options: argparse.Namespace, connections: Connections) -> Iterator[tuple[Dataset, list[Any]]]:
-    from tagger.spend import list_runs
+def _write_page(options: argparse.Namespace, connections: Connections) -> None:
+    """Write the page of one dataset, or of all. What cannot be read is told there too, as long as anything can."""
+    from tagger.pages.data import Card, DatasetPage, card_of, page_of
+    from tagger.pages.html import Data, write_html
+    from tagger.runs import utc_now
+
+    data, unread = Data(generated_at=utc_now(), datasets=[]), 0
+    failed: list[TaggerError] = []
+    for path in _report_paths(options):
+        name = path.stem
+        try:
+            dataset = load_dataset(path)
+            name = dataset.dataset
+            _, rollup = _rollup(dataset, connections)
+            data.datasets.append(page_of(rollup, None, None, card_of(rollup, data.generated_at)))
+            failed += map(StorageError, rollup.problems)
+        except (InputError, StorageError) as e:
+            data.datasets.append(DatasetPage(card=Card(dag_id=f"tag_{name}", dataset=name, problem=str(e))))
+            failed.append(e)
+            unread += 1
+    if unread < len(data.datasets):
+        write_html(options.html, data)
+    _raise(failed)
+
+
+def _report_paths(options: argparse.Namespace) -> list[Path]:
+    return _paths([options.dataset] if options.dataset else [])
+
+
+def _rollup(dataset: Dataset, connections: Connections) -> tuple[Any, Any]:
+    """Return the storage of a dataset, and what all its runs did."""
+    from tagger.rollup import rolled_up
     from tagger.storage import Storage
 
-    for path in _paths([options.dataset] if options.dataset else []):
-        dataset = load_dataset(path)
-        storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections)
-        yield dataset, list_runs(storage, dataset.dataset)
+    storage = Storage.connect(dataset.storage, dataset.storage_conn_id, connections)
+    return storage, rolled_up(storage, dataset)
+
+
+def _raise(failed: list[TaggerError]) -> None:
+    """Raise the last of the errors, if there are any, and tell of the others."""
+    for error in failed[:-1]:
+        print(f"tagger: {error}", file=sys.stderr)
+    if failed:
+        raise failed[-1]
 
 
 if __name__ == "__main__":

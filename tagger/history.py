@@ -2,16 +2,13 @@
 
 import csv
 import io
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-from tagger.dataset import Dataset
 from tagger.price import usd
-from tagger.report import Summary
-from tagger.spend import THREADS, RunFiles, Spend
+from tagger.rollup import RolledRun, RolledSummary, Rollup, Spent
 
 By = Literal["day", "month"]
 
@@ -19,6 +16,8 @@ DAYS_SHOWN = 14
 """The latest ones, where the history follows the latest run."""
 
 _FORMAT = {"day": "%Y-%m-%d", "month": "%Y-%m"}
+
+_FIRST, _LAST = (instant.replace(tzinfo=UTC) for instant in (datetime.min, datetime.max))
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,6 @@ class Figures:
         return Figures(**total)
 
 
-class Entry(NamedTuple):
-    """What is to be counted, and when it happened."""
-
-    at: datetime
-    figures: Figures
-
-
 class Period(NamedTuple):
     """A day, `2026-11-30`, or a month, `2026-11`."""
 
@@ -68,58 +60,58 @@ class Period(NamedTuple):
     figures: Figures
 
 
-def read_entries(runs: Iterable[RunFiles], summaries: Iterable[Summary]) -> list[Entry]:
-    """Return what the runs of a dataset did and spent: attempts when they ended, texts when their run did.
+class Event(NamedTuple):
+    """What is to be counted, and when it happened."""
 
-    Raises:
-        StorageError: an attempt's file is damaged.
-    """
-    by_run = {summary.run_id: summary for summary in summaries}
-
-    def read(files: RunFiles) -> list[Entry]:
-        summary = by_run.get(files.run.run_id)
-        spends = files.spends(summary.attempts if summary else [])
-        spent = [Entry(spend.ended_at, _spent(spend)) for spend in spends]
-        if summary is not None and not summary.dry_run:
-            return [*spent, Entry(summary.finished_at, _done(summary))]
-        return [*spent, Entry(max(entry.at for entry in spent), Figures(runs=1))] if spent else []
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        return [entry for entries in threads.map(read, runs) for entry in entries]
+    at: datetime
+    what: Spent | RolledSummary | RolledRun
+    """Money that was spent, a run that was summed up, or one that never was."""
 
 
-def _spent(spend: Spend) -> Figures:
-    return Figures(
-        requests=spend.requests,
-        input_tokens=spend.input_tokens,
-        cached_input_tokens=spend.cached_input_tokens,
-        output_tokens=spend.output_tokens,
-        spent_usd=spend.cost_usd,
-    )
+def events(runs: Iterable[RolledRun]) -> Iterator[Event]:
+    """Yield what happened: money when attempts ended, to the quarter hour; texts when their run did."""
+    for run in runs:
+        for spent in run.spent:
+            yield Event(spent.at, spent)
+        if run.summary is not None and not run.summary.dry_run:
+            yield Event(run.summary.finished_at, run.summary)
+        elif run.spent:
+            yield Event(max(spent.at for spent in run.spent), run)
 
 
-def _done(summary: Summary) -> Figures:
+def history(rollup: Rollup, by: By, start: datetime = _FIRST, end: datetime = _LAST) -> list[Period]:
+    """Return the days, or the months, in [`start`, `end`) on which anything happened, oldest first."""
+    zone, found = rollup.zone, dict[str, Figures]()
+    for at, what in events(rollup.runs):
+        if start <= at < end:
+            period = f"{at.astimezone(zone):{_FORMAT[by]}}"
+            found[period] = found.get(period, Figures()) + _figures(what)
+    return [Period(rollup.dataset, period, figures) for period, figures in sorted(found.items())]
+
+
+def _figures(what: Spent | RolledSummary | RolledRun) -> Figures:
+    if isinstance(what, RolledRun):
+        return Figures(runs=1)
+    if isinstance(what, Spent):
+        return Figures(
+            requests=what.requests,
+            input_tokens=what.input_tokens,
+            cached_input_tokens=what.cached_input_tokens,
+            output_tokens=what.output_tokens,
+            spent_usd=what.cost_usd,
+        )
     return Figures(
         runs=1,
-        texts=summary.texts,
-        cached=summary.cached,
-        tagged=summary.tagged,
-        refused=summary.refused,
-        failed=summary.failed,
-        skipped=summary.skipped,
-        pending=summary.pending,
-        total_saved_usd=summary.total_saved_usd,
-        estimated_usd=summary.estimated_usd,
+        texts=what.texts,
+        cached=what.cached,
+        tagged=what.tagged,
+        refused=what.refused,
+        failed=what.failed,
+        skipped=what.skipped,
+        pending=what.pending,
+        total_saved_usd=what.total_saved_usd,
+        estimated_usd=what.estimated_usd,
     )
-
-
-def history(dataset: Dataset, entries: Iterable[Entry], by: By) -> list[Period]:
-    """Return the days, or the months, on which anything happened, oldest first."""
-    found: dict[str, Figures] = {}
-    for at, figures in entries:
-        period = f"{at.astimezone(dataset.zone):{_FORMAT[by]}}"
-        found[period] = found.get(period, Figures()) + figures
-    return [Period(dataset.dataset, period, figures) for period, figures in sorted(found.items())]
 
 
 def as_rows(periods: Iterable[Period], by: By) -> list[dict[str, Any]]:

@@ -3,18 +3,17 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from tagger.cache import Cache
 from tagger.dataset import LLM, Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
 from tagger.price import price_of, usd
-from tagger.runs import Estimate, File, Loaded, Plan, Run, utc_now
-from tagger.spend import THREADS, RunFiles, Spend, list_attempts, spend_of, total_usd
+from tagger.rollup import SummaryFigures, Window, update_rollup
+from tagger.runs import File, Loaded, Plan, Run, Shard, utc_now
+from tagger.spend import Spend, list_attempts, spend_of, total_usd
 
 logger = logging.getLogger(__name__)
 
@@ -26,76 +25,16 @@ class ErrorCount(File):
     row_id: str
 
 
-class Window(File):
-    """The instants between which rows were taken; None where all rows were."""
-
-    start: AwareDatetime | None
-    end: AwareDatetime | None
-
-
-class Summary(File):
+class Summary(SummaryFigures):
     """`summary.json`: one run in figures. `texts = cached + tagged + refused + failed + skipped + pending`."""
 
-    dataset: str
-    run_id: str
-    day: str
-    window: Window
-    spec_id: str
-    model: str
-    mode: str
-    dry_run: bool = False
-    state: Literal["success", "failed"]
-    reason: str | None
-    started_at: AwareDatetime
-    finished_at: AwareDatetime
-    rows: int
-    blank: int
-    texts: int
-    cached: int
-    tagged: int
-    refused: int
-    failed: int
-    skipped: int
-    pending: int
-    llm_requests: int
-    input_tokens: int
-    cached_input_tokens: int
-    output_tokens: int
-    estimate: Estimate | None = None
-    """What the plan expected the new texts to take."""
-    estimated_usd: float | None = None
-    """What the plan expected them to cost."""
-    estimate_error: float | None = None
-    """By what part of the actual cost the estimate was above it, or if negative below; None where that is not known, or
-    where not all texts that the estimate is for were asked."""
-    cost_usd: float | None
-    """None where the price is not known."""
-    earlier_plans_usd: float | None = 0.0
-    """Of the cost, what was spent on earlier plans of the run."""
-    saved_usd: float | None
-    """By the cache: cached texts times the mean cost of a record of the spec."""
-    saved_by_duplicates_usd: float | None = 0.0
-    """Rows beyond the first with a text, times that mean."""
-    saved_by_batch_usd: float | None = 0.0
-    """What the Batch API took less than calls at once."""
-    saved_by_prompt_caching_usd: float | None = 0.0
-    """What input that the endpoint had cached cost less than other input."""
-    seconds: dict[str, float]
-    tags: dict[str, int]
     errors: dict[str, ErrorCount]
     attempts: list[Spend] = Field(default_factory=list)
     """Those that `cost_usd` is of."""
 
-    @property
-    def total_saved_usd(self) -> float | None:
-        """All that was saved, against asking for each row at once; None where a part is not known."""
-        return total_usd(
-            [self.saved_usd, self.saved_by_duplicates_usd, self.saved_by_batch_usd, self.saved_by_prompt_caching_usd]
-        )
-
 
 def report(run: Run) -> Summary:
-    """Sum the run up, write its summary, and log it.
+    """Sum the run up, write its summary, log it, and add it to the dataset's rollup.
 
     Raises:
         InputError: the run has no plan.
@@ -119,7 +58,8 @@ def report(run: Run) -> Summary:
         started = min(attempt.started_at for attempt in present)
         seconds["tag"] = (max(attempt.ended_at for attempt in present) - started).total_seconds()
     day = taken.selection.end if taken.selection.rows == "window" else taken.selection.start
-    repeated = planned.rows - planned.texts
+    answered = cached + new["tagged"] + new["refused"]
+    repeated = planned.rows - planned.texts if answered else 0
     mean_cost = Cache(run.storage, planned.spec_id, dataset.llm.model).mean_cost() if cached or repeated else None
     seconds["report"] = (utc_now() - clock).total_seconds()
     summary = Summary(
@@ -128,6 +68,7 @@ def report(run: Run) -> Summary:
         day=f"{(day or taken.taken_at).astimezone(dataset.zone):%Y-%m-%d}",
         window=Window(start=taken.selection.start, end=taken.selection.end),
         spec_id=planned.spec_id,
+        spec_change=planned.spec_change,
         model=dataset.llm.model,
         mode=dataset.llm.mode,
         dry_run=taken.options.dry_run,
@@ -165,6 +106,7 @@ def report(run: Run) -> Summary:
     run.write("summary.json", summary)
     for line in describe(summary):
         logger.info("%s", line)
+    update_rollup(run.storage, dataset)
     if reasons:
         raise RunFailed(f"{dataset.dataset}: {summary.reason}")
     return summary
@@ -209,14 +151,12 @@ def _problems(
     if planned.problem:
         yield planned.problem
     latest = {attempt.shard: attempt for attempt in attempts}
+    broken: dict[str, list[Shard]] = {}
     for shard in planned.shards:
-        attempt = latest.get(shard.shard)
-        if attempt is None:
-            yield f"{shard.name}: did not start"
-        elif attempt.state == "broken":
-            yield attempt.reason if shard.of == 1 and attempt.reason else f"{shard.name}: {attempt.reason}"
-        elif attempt.state == "running":
-            yield f"{shard.name}: " + ("was killed" if attempt.asked == "online" else "its batch was not collected")
+        if reason := _broken(latest.get(shard.shard)):
+            broken.setdefault(reason, []).append(shard)
+    for reason, shards in broken.items():
+        yield (shards[0].name if len(shards) == 1 else f"{len(shards)} of {shards[0].of} shards") + f": {reason}"
     if loaded is None:
         yield "load_back did not finish"
         return
@@ -230,6 +170,15 @@ def _problems(
             f"{loaded.failed} of {asked} texts failed, more than `limits.max_failed_fraction` "
             f"{dataset.limits.max_failed_fraction:g} allows: {kinds}"
         )
+
+
+def _broken(attempt: Attempt | None) -> str | None:
+    """Return why a shard whose last attempt this is did not get done."""
+    if attempt is None:
+        return "did not start"
+    if attempt.state == "running":
+        return "was killed" if attempt.asked == "online" else "its batch was not collected"
+    return attempt.reason or "broken" if attempt.state == "broken" else None
 
 
 def _errors(planned: Plan, loaded: Loaded | None, outcomes: Collection[Latest]) -> dict[str, ErrorCount]:
@@ -299,10 +248,3 @@ def _saved(s: Summary) -> str:
         "prompt caching": s.saved_by_prompt_caching_usd,
     }
     return ", ".join(f"{usd(amount)} by {what}" for what, amount in parts.items() if amount)
-
-
-def summaries(runs: Iterable[RunFiles]) -> list[Summary]:
-    """Return the summaries of those runs that have one, oldest first."""
-    with ThreadPoolExecutor(THREADS) as threads:
-        found = threads.map(lambda files: files.run.read("summary.json", Summary), (r for r in runs if r.has_summary))
-        return sorted((summary for summary in found if summary is not None), key=lambda summary: summary.finished_at)

@@ -86,7 +86,8 @@ class RunFiles:
     run: Run
     attempts: dict[str, Version] = field(default_factory=dict)
     """The attempts' files by name."""
-    has_summary: bool = False
+    summary: Version | None = None
+    """`summary.json`."""
 
     def spends(self, counted: list[Spend]) -> list[Spend]:
         """Return what each attempt spent: as the run's summary counts them if none changed since, else by their files.
@@ -119,7 +120,7 @@ def list_runs(storage: Storage, dataset_name: str) -> list[RunFiles]:
         if is_attempt:
             files.attempts[name] = version
         else:
-            files.has_summary = True
+            files.summary = version
     return list(runs.values())
 
 
@@ -136,7 +137,7 @@ def spent_usd(
     """
 
     def read(files: RunFiles) -> list[Spend]:
-        summary = files.run.read("summary.json", Counted) if files.has_summary else None
+        summary = files.run.read("summary.json", Counted) if files.summary else None
         return files.spends(summary.attempts if summary else [])
 
     def may_matter(files: RunFiles) -> bool:

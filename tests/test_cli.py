@@ -336,6 +336,104 @@ def test_damaged_attempt_is_one_clear_line_after_the_latest_run(shell: Shell) ->
     assert_complains(shell, r"runs/notes/broken/shard-1-1\.parquet: damaged; delete it")
 
 
+def test_damage_of_one_dataset_does_not_hide_the_others(shell: Shell) -> None:
+    shell.write("others", dataset="others", target={"table": "other_tags"})
+    for name in ("notes", "others"):
+        shell.run("run", name, "--run-id", f"{name}-first")
+    storage = shell.project.open("any").storage
+    storage.put("runs/notes/broken/summary.json", b"x")
+
+    assert shell.run("report") == 1
+    assert "notes-first · success" in shell.out
+    assert "others-first · success" in shell.out
+    assert_complains(shell, r"runs/notes/broken/summary\.json: not a CountedSummary file")
+    assert shell.run("report", "--by", "day", "--csv") == 1
+    assert shell.out == ""
+
+
+def test_history_leaves_the_rollup_to_the_reports(shell: Shell) -> None:
+    for number in range(3):
+        shell.run("run", "notes", "--run-id", f"run-{number}")
+    storage = shell.project.open("any").storage
+    before = storage.get("history/notes.json.gz")
+
+    assert shell.run("report", "notes", "--by", "day", "--json") == 0
+
+    assert [day["runs"] for day in json.loads(shell.out)] == [3]
+    assert storage.get("history/notes.json.gz") == before is not None
+
+
+# the page as a file
+
+
+def page_in(file: Path) -> dict[str, Any]:
+    """Return the figures that a file shows."""
+    [found] = re.findall(r'<script type="application/json" id="data">(.*)</script>', file.read_text(encoding="utf-8"))
+    figures: dict[str, Any] = json.loads(found)
+    return figures
+
+
+def test_report_as_a_page_is_one_file(shell: Shell) -> None:
+    shell.write("others", dataset="others", target={"table": "other_tags"})
+    shell.run("run", "notes", "--run-id", "first")
+    file = shell.folder / "page.html"
+
+    assert shell.run("report", "notes", "--html", str(file)) == 0
+    assert (shell.out, shell.err) == ("", "")
+    [notes] = page_in(file)["datasets"]
+    assert (notes["card"]["dag_id"], notes["card"]["state"], notes["card"]["last_run_id"]) == (
+        *("tag_notes", "success"),
+        "first",
+    )
+    assert notes["card"]["next_run_at"] is None
+    assert [day["texts"] for day in notes["days"]] == [2]
+    assert shell.run("report", "--html", str(file)) == 0
+    assert [page["card"]["state"] for page in page_in(file)["datasets"]] == ["success", "none"]
+    assert not shell.project.llm.calls[2:]
+
+
+def test_a_page_says_what_could_not_be_read_and_shows_the_rest(shell: Shell) -> None:
+    shell.run("run", "notes", "--run-id", "first")
+    shell.project.open("any").storage.put("runs/notes/broken/summary.json", b"x")
+    shell.write("away", dataset="away", target={"table": "away_tags"}, storage="s3://not-there")
+    shell.write("torn", dataset="torn", target={"table": "torn_tags"}, max_tags=0)
+    file = shell.folder / "page.html"
+
+    assert shell.run("report", "--html", str(file)) == 2
+
+    problems = {page["card"]["dag_id"]: page["card"]["problem"] for page in page_in(file)["datasets"]}
+    assert "no bucket `not-there`" in problems["tag_away"]
+    assert "runs/notes/broken/summary.json: not a" in problems["tag_notes"]
+    assert "`max_tags`: found 0" in problems["tag_torn"]
+    assert [line for line in shell.complaints if not any(told in line for told in problems.values())] == []
+    assert len(shell.complaints) == 3
+
+
+def test_a_page_of_a_damaged_run_is_written_and_the_exit_code_tells(shell: Shell) -> None:
+    shell.run("run", "notes", "--run-id", "first")
+    shell.project.open("any").storage.put("runs/notes/broken/shard-1-1.parquet", b"x")
+    file = shell.folder / "page.html"
+
+    assert shell.run("report", "notes", "--html", str(file)) == 1
+
+    assert_complains(shell, r"runs/notes/broken/shard-1-1\.parquet: damaged")
+    assert [day["texts"] for day in page_in(file)["datasets"][0]["days"]] == [2]
+
+
+def test_no_page_is_written_of_which_nothing_could_be_read(shell: Shell) -> None:
+    shell.write(storage="s3://not-there")
+    file = shell.folder / "page.html"
+
+    assert shell.run("report", "notes", "--html", str(file)) == 2
+    assert_complains(shell, "no bucket `not-there`")
+    assert not file.exists()
+
+
+def test_a_page_in_a_folder_that_is_not_there_is_one_clear_line(shell: Shell) -> None:
+    assert shell.run("report", "--html", str(shell.folder / "missing" / "page.html")) == 2
+    assert_complains(shell, r"`--html .*/missing/page\.html`: No such file or directory; name a file in a folder")
+
+
 def test_empty_table_is_a_success_with_zeros(shell: Shell) -> None:
     shell.project.execute("DELETE FROM notes")
 
@@ -554,6 +652,10 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "history in two forms": (["report", "notes", "--by", "day", "--json", "--csv"], "not allowed with argument"),
     "history of one run": (["report", "notes", "--by", "day", "--run-id", "x"], "argument --run-id: not allowed with"),
     "history by week": (["report", "notes", "--by", "week"], "invalid choice: 'week'"),
+    "page of one run": (["report", "notes", "--html", "x.html", "--run-id", "x"], "--run-id: not allowed with"),
+    "page and history": (["report", "notes", "--html", "x.html", "--by", "day"], "--by: not allowed with"),
+    "page as JSON": (["report", "notes", "--html", "x.html", "--json"], "`--html` and `--json` do not go together"),
+    "page as CSV": (["report", "notes", "--html", "x.html", "--csv"], "`--csv` needs `--by day` or `--by month`"),
     "bad day": (["run", "notes", "--day", "yesterday"], "'yesterday' is no date such as 2026-11-30"),
     "day that does not exist": (["run", "notes", "--day", "2026-02-30"], "'2026-02-30' is no date"),
     "day with all": (["run", "notes", "--day", DAY, "--all"], "not allowed with"),

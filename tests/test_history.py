@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tagger.history import Figures, Period, as_csv, as_rows, as_table, history, read_entries
-from tagger.report import Summary, Window, summaries
+from tagger.history import Figures, Period, as_csv, as_rows, as_table, history
+from tagger.report import Summary
+from tagger.rollup import Window, rolled_up
 from tagger.runs import Run
-from tagger.spend import list_runs
 from tests.databases import make_project, watch
 from tests.project import Project
 from tests.test_spend import put_attempt
@@ -53,8 +53,7 @@ def put_run(project: Project, run_id: str, ended_at: datetime, *costs: float | N
 
 
 def by(project: Project, kind: Any) -> dict[str, Figures]:
-    runs = list_runs(project.open("any").storage, "notes")
-    periods = history(project.dataset, read_entries(runs, summaries(runs)), kind)
+    periods = history(rolled_up(project.open("any").storage, project.dataset), kind)
     assert {period.dataset for period in periods} <= {"notes"}
     assert list(periods) == sorted(periods)
     return {period.period: period.figures for period in periods}
@@ -169,7 +168,7 @@ def test_a_run_that_its_summary_counts_takes_one_request(project: Project) -> No
     assert requests.counts == {"ListObjectsV2": 1, "GetObject": 1}
 
 
-run_ids = (f"r{number}" for number in count())
+names = (f"notes_{number}" for number in count())
 instants = st.datetimes(datetime(2025, 12, 30), datetime(2026, 2, 3), timezones=st.just(UTC))
 money = st.none() | st.floats(0, 5) | st.floats(0, 5) | st.floats(0, 5)
 texts = st.fixed_dictionaries(
@@ -186,8 +185,9 @@ def test_days_and_months_add_up_to_all_attempts_and_all_texts(
     runs: list[tuple[list[tuple[float | None, datetime]], tuple[datetime, dict[str, int], float | None] | None]],
     zone: str,
 ) -> None:
-    project.change(timezone=zone)
-    storage, name = project.open("any").storage, next(run_ids)
+    name = next(names)
+    project.change(timezone=zone, dataset=name)
+    storage = project.open("any").storage
     for number, (attempts, end) in enumerate(runs):
         run = Run(storage, name, f"run-{number}")
         for attempt, (cost, at) in enumerate(attempts, 1):
@@ -196,9 +196,8 @@ def test_days_and_months_add_up_to_all_attempts_and_all_texts(
             at, counts, saved = end
             run.write("summary.json", summary(run.run_id, at, **counts, texts=sum(counts.values()), saved_usd=saved))
 
-    listed = list_runs(storage, name)
-    entries = read_entries(listed, summaries(listed))
-    days, months = (history(project.dataset, entries, kind) for kind in ("day", "month"))
+    rollup = rolled_up(storage, project.dataset)
+    days, months = (history(rollup, kind) for kind in ("day", "month"))
 
     costs = [cost for attempts, _ in runs for cost, _ in attempts]
     ends = [end for _, end in runs if end is not None]

@@ -20,9 +20,8 @@ from tagger.cache import Cache, Record, Usage
 from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError
 from tagger.ledger import SCHEMA, Ledger
 from tagger.plan import plan
-from tagger.report import ErrorCount, Summary, describe, report, summaries
+from tagger.report import ErrorCount, Summary, describe, report
 from tagger.runs import Estimate, Loaded, Plan, Run, Shard, Snapshot
-from tagger.spend import list_runs
 from tagger.tag import tag
 from tagger.window import Selection
 from tests.databases import make_project, teach
@@ -50,6 +49,7 @@ def prepare(
     plan_id: str = "plan",
     repeated: int = 0,
     estimate: Estimate | None = None,
+    problem: str | None = None,
 ) -> Run:
     """Returns a run as it is after its plan."""
     run = project.open(run_id)
@@ -79,6 +79,7 @@ def prepare(
             too_long=too_long,
             new=new,
             estimate=estimate,
+            problem=problem,
             estimated_usd=estimate.usd if estimate else None,
             shards=[Shard(shard=i + 1, of=count, texts=new // count) for i in range(count)],
             target_rows=0,
@@ -507,7 +508,19 @@ def test_the_summary_has_all_that_the_design_names_and_is_written(project: Proje
     summary = project.run("one")
 
     assert list(summary.model_dump()) == [
-        *("dataset", "run_id", "day", "window", "spec_id", "model", "mode", "dry_run", "state", "reason"),
+        *(
+            "dataset",
+            "run_id",
+            "day",
+            "window",
+            "spec_id",
+            "model",
+            "mode",
+            "spec_change",
+            "dry_run",
+            "state",
+            "reason",
+        ),
         *(
             "started_at",
             "finished_at",
@@ -648,6 +661,23 @@ def test_a_shard_that_did_not_start_fails_the_run(project: Project) -> None:
     load(run, tagged=2, skipped=2)
 
     assert verdict(run) == "shard 2/2 · 2 texts: did not start"
+
+
+def test_shards_that_broke_for_one_reason_are_told_of_once(project: Project) -> None:
+    run = prepare(project, new=6, shards=3)
+    for shard in (1, 2):
+        attempt(run, shard=shard, breaks="out of quota")
+    load(run, skipped=6)
+
+    assert verdict(run) == "2 of 3 shards: out of quota; shard 3/3 · 2 texts: did not start"
+
+
+def test_a_run_that_answered_nothing_saved_nothing_by_duplicates(project: Project) -> None:
+    run = prepare(project, new=2, shards=0, repeated=3, problem="budget reached: no money")
+    load(run, skipped=2)
+
+    assert verdict(run) == "budget reached: no money"
+    assert project.summary(run).total_saved_usd == 0
 
 
 def test_a_batch_that_was_not_collected_fails_the_run(project: Project) -> None:
@@ -818,30 +848,10 @@ def test_a_summary_of_an_earlier_version_is_read(project: Project) -> None:
     written |= {"saved_usd": 0.5, "cost_usd": 0.25, "estimated_usd": 0.25}
     run.storage.put(f"{run.files}summary.json", json.dumps(written).encode())
 
-    [summary] = summaries(list_runs(run.storage, "notes"))
-
-    assert describe(summary)[4:6] == [
+    assert describe(project.summary(run))[4:6] == [
         "  cost     $0.2500 spent (estimated $0.2500), $0.5000 saved",
         "  saved    $0.5000 by the cache",
     ]
-
-
-def test_summaries_come_oldest_first_and_of_one_dataset(project: Project) -> None:
-    for run_id in ("b", "a", "scheduled__2026-07-01T00:00:00+00:00"):
-        run = prepare(project, run_id)
-        load(run)
-        report(run)
-    other = Run(project.open("x").storage, "notes_too", "z")
-    other.write("summary.json", project.summary(project.open("a")))
-    project.take("not-finished")
-
-    found = summaries(list_runs(project.open("x").storage, "notes"))
-
-    assert [summary.run_id for summary in found] == ["b", "a", "scheduled__2026-07-01T00:00:00+00:00"]
-
-
-def test_a_dataset_without_runs_has_no_summaries(project: Project) -> None:
-    assert summaries(list_runs(project.open("x").storage, "notes")) == []
 
 
 def test_a_run_reported_again_replaces_its_summary(project: Project) -> None:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from tagger.cache import Usage
 from tagger.dataset import Price
 from tagger.exceptions import InputError, RunFailed, StorageError
-from tagger.history import history, read_entries
+from tagger.history import history
 from tagger.ledger import SCHEMA, Ledger, read_attempts
 from tagger.plan import plan
-from tagger.report import Summary, report, summaries
+from tagger.report import Summary, report
+from tagger.rollup import rolled_up
 from tagger.runs import Run
 from tagger.spend import list_runs, spent_usd
 from tests.databases import make_project, watch
@@ -206,10 +207,11 @@ def test_a_summary_that_counts_no_attempts_hides_none(project: Project) -> None:
 def agreed(project: Project) -> float:
     """Return what the dataset spent, on which all attempts' files, `spent_usd` and both histories agree."""
     storage = project.open("any").storage
-    runs = list_runs(storage, "notes")
-    books = sum(cost for r in runs for a in read_attempts(r.run) for cost in a.values("cost_usd"))
-    entries = read_entries(runs, summaries(runs))
-    days, months = (history(project.dataset, entries, by) for by in ("day", "month"))
+    books = sum(
+        cost for r in list_runs(storage, "notes") for a in read_attempts(r.run) for cost in a.values("cost_usd")
+    )
+    rollup = rolled_up(storage, project.dataset)
+    days, months = history(rollup, "day"), history(rollup, "month")
     assert sum(day.figures.spent_usd or 0 for day in days) == pytest.approx(books)
     assert sum(month.figures.spent_usd or 0 for month in months) == pytest.approx(books)
     assert spent(project) == pytest.approx(books)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import Asset, get_current_context
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
+from tagger.airflow import metrics
 from tagger.airflow.alerts import finished_with_failures
 from tagger.airflow.connections import connections_from_airflow
 from tagger.airflow.mails import mails_off
@@ -93,7 +94,8 @@ def report() -> dict[str, Any]:
 
     with _airflow_errors():
         run = _run()
-        summary = step.report(run)
+        with metrics.sent(run):
+            summary = step.report(run)
         finished_with_failures(summary, get_current_context(), run.dataset().alerts.to)
         counts = ("rows", "texts", "cached", "tagged", "refused", "failed", "skipped", "cost_usd", "saved_usd")
         return summary.model_dump(include=set(counts))

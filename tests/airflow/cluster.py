@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,15 @@ class Cluster:
     airflow: Airflow
     api: Client
 
-    def __init__(self, folder: Path, *, workers: int = 0, slots: int = 4, postgresql: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int = 0,
+        slots: int = 4,
+        postgresql: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Describes the deployment.
 
         Args:
@@ -52,11 +61,13 @@ class Cluster:
             workers: Number of Celery workers.
             slots: Tasks that a worker runs at once; without workers, that run at once.
             postgresql: Whether the metadata and the project's tables are in PostgreSQL, else in SQLite.
+            environment: More of Airflow's environment.
         """
         self.folder = folder
         self._workers = workers
         self._slots = slots
         self._postgresql = postgresql
+        self._more = environment or {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -70,7 +81,7 @@ class Cluster:
             server = stack.enter_context(PostgreSQL(self.folder)) if self._postgresql else None
             if server:
                 environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = server.create_database("airflow").url
-            self._environment = _inherited() | environment | {"TAGGER_DATASETS": str(datasets)}
+            self._environment = _inherited() | environment | {"TAGGER_DATASETS": str(datasets), **self._more}
             self._migration = self._migrate()
             self.llm = stack.enter_context(StandIn())
             self.mail = stack.enter_context(MailCatcher(self.folder / "mails"))
