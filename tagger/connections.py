@@ -195,12 +195,12 @@ class AwsExtra(BaseModel):
     assume_role_method: str | None = None
 
 
-def s3_client(conn_id: str, connections: Connections) -> "S3Client":
+def s3_client(conn_id: str, connections: Connections, *, patient: bool = True) -> "S3Client":
     """Return an S3 client for an Airflow `aws` connection, or for the AWS SDK's own chain where there is none.
 
     Read of the connection: login and password (the key pair; or `aws_access_key_id` and `aws_secret_access_key` of its
     extra), and of its extra `aws_session_token`, `region_name`, `profile_name`, `endpoint_url` and
-    `service_config.s3.endpoint_url`.
+    `service_config.s3.endpoint_url`. One that is not `patient` gives up within seconds: somebody waits for a page.
 
     Raises:
         InputError: the connection asks for something else, such as a role.
@@ -225,12 +225,12 @@ def s3_client(conn_id: str, connections: Connections) -> "S3Client":
     endpoint = extra.service_config.s3.endpoint_url or extra.endpoint_url
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
-        connect_timeout=10,
-        read_timeout=30,
+        connect_timeout=10 if patient else 3,
+        read_timeout=30 if patient else 5,
         max_pool_connections=MAX_S3_CONNECTIONS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        retries={"mode": "standard", "max_attempts": 6},
+        retries={"mode": "standard", "total_max_attempts": 7 if patient else 1},
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     try:

@@ -316,7 +316,7 @@ def test_a_page_without_runs_is_empty(project: Project) -> None:
 
     found = page(project)
 
-    assert found == DatasetPage(card=card(project), timezone="Asia/Tokyo", tags=["fruit", "animal", "weather"])
+    assert found == DatasetPage(card=card(project), tags=["fruit", "animal", "weather"])
     assert (found.days, found.runs, found.first_day, found.last_day) == ([], [], None, None)
 
 

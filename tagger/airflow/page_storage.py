@@ -29,7 +29,7 @@ KEPT_SECONDS = 300.0
 """After which a connection is looked up again; and at once when a page could not be read with it."""
 
 THREADS = 64
-"""A read that nobody waits for any more holds one until its client gives it up, which takes up to 30 s."""
+"""A read that nobody waits for any more holds one until its client gives it up, which takes some seconds."""
 
 Key = TypeVar("Key")
 Read = TypeVar("Read")
@@ -55,18 +55,13 @@ class Clients:
         with making:  # one slow connection holds up no other
             made, client = self._kept.get(conn_id, (0.0, None))
             if client is None or time.monotonic() > made + KEPT_SECONDS:
-                client = self._impatient(conn_id)
+                client = s3_client(conn_id, self._connections, patient=False)
                 self._kept[conn_id] = time.monotonic(), client
         return Storage(url, client)
 
     def forget(self, conn_id: str) -> None:
         """Look a connection up again the next time."""
         self._kept.pop(conn_id, None)
-
-    def _impatient(self, conn_id: str) -> "S3Client":
-        client = s3_client(conn_id, self._connections)
-        client.meta.events.unregister("needs-retry.s3", unique_id="retry-config-s3")
-        return client
 
 
 class Reading(NamedTuple, Generic[Read]):

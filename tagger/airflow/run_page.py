@@ -7,11 +7,12 @@ from typing import Any, Literal
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel
 
 from tagger.airflow.page_storage import Clients, Readers, Reading
 from tagger.airflow.shard_tally import NOTHING, Failures, Tallies, Tally
 from tagger.airflow.tagged_dags import NO_XCOM, AirflowRun, RunState, TagTask, Where, dataset_of
+from tagger.pages.data import Shown
 from tagger.report import Summary
 from tagger.runs import Loaded, Plan, Run, Shard, Snapshot
 
@@ -29,12 +30,6 @@ SHARD_STATES: dict[str | None, ShardState] = {
     "removed": "skipped",
 }
 """Of a task's states. The others are those of a task that waits."""
-
-
-class Shown(BaseModel):
-    """Base of what is shown, described to users of the API by the words below each field."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class RunSummary(Shown):

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import AwareDatetime, BaseModel
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from tagger.history import Figures
@@ -24,11 +24,19 @@ NO_SUMMARY = "no summary: it is at work, or was killed before its report"
 """Why a run counts as failed that has none."""
 
 
-class Card(BaseModel):
+class Shown(BaseModel):
+    """What is shown. The docstrings of fields are their descriptions in the API."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Card(Shown):
     """A dataset at a glance. All but its names is null where nothing tells, as where storage is away."""
 
     dag_id: str
     dataset: str
+    timezone: str = "UTC"
+    """In which days and months are counted."""
     state: State = "none"
     """Of the last run; `none` where there is no run."""
     reason: str | None = None
@@ -51,7 +59,7 @@ class Card(BaseModel):
     """What could not be read, and what to do."""
 
 
-class Day(BaseModel):
+class Day(Shown):
     """What happened on one day."""
 
     day: date
@@ -92,7 +100,7 @@ class Day(BaseModel):
     """What is another in model and spec than in the run before, in words."""
 
 
-class RunLine(BaseModel):
+class RunLine(Shown):
     """One run in a list. Its texts are null where it has no summary."""
 
     run_id: str
@@ -115,11 +123,10 @@ class RunLine(BaseModel):
     """Of the tag step."""
 
 
-class DatasetPage(BaseModel):
+class DatasetPage(Shown):
     """A dataset's days and runs, in a range of days."""
 
     card: Card
-    timezone: str = "UTC"
     tags: list[str] = []
     """Ids in file order. Days may have others besides, of earlier versions of the file."""
     days: list[Day] = []
@@ -149,6 +156,7 @@ def card_of(rollup: "Rollup", now: datetime, *, dag_id: str | None = None) -> Ca
     return Card(
         dag_id=dag_id or f"tag_{rollup.dataset}",
         dataset=rollup.dataset,
+        timezone=rollup.timezone,
         state=last.state if last else "none",
         reason=last.reason if last else None,
         last_run_id=last.run_id if last else None,
@@ -177,7 +185,6 @@ def page_of(rollup: "Rollup", start: date | None, end: date | None, card: Card) 
     shown = (run for run in reversed(rollup.runs) if since <= run.ended_at < until)
     return DatasetPage(
         card=card,
-        timezone=rollup.timezone,
         tags=rollup.tags,
         days=[_day(day, figures, done.get(day, [])) for day, figures in days],
         first_day=_day_of(min(instants), rollup) if instants else None,

@@ -22,10 +22,10 @@ globalThis.tagging ??= {};
   const rangeHref = (dagId, from, to) => `${hrefOf(dagId)}?from=${tagging.days.text(from)}&to=${tagging.days.text(to)}`;
 
   /** The facts that do not depend on the range. */
-  function head({ card, timezone, days }, context) {
+  function head({ card, days }, context) {
     const when = (at) => {
       const told = passed(at, context);
-      return at && h("span", null, told && `${told}, `, moment(at, timezone));
+      return at && h("span", null, told && `${told}, `, moment(at, card.timezone));
     };
     const facts = [
       ["DAG", airflowLink(`dags/${encodeURIComponent(card.dag_id)}`, card.dag_id)],
@@ -103,7 +103,7 @@ globalThis.tagging ??= {};
     const by = { day: "", week: " Charts are by week.", month: " Charts are by month." }[unit];
     const begins = asked.from < from ? ` The history begins on ${page.first_day}.` : "";
     const [start, end] = [from, to].map(tagging.days.text);
-    return h("p.said", null, `${start} to ${end}: ${plural(to - from + 1, "day")} of ${page.timezone}.${begins}${by}`);
+    return h("p.said", null, `${start} to ${end}: ${plural(to - from + 1, "day")} of ${page.card.timezone}.${begins}${by}`);
   }
 
   function tiles(days) {
@@ -233,14 +233,14 @@ globalThis.tagging ??= {};
   }
 
   /** What stands in place of figures where there are none. */
-  function nothing({ card, first_day: first, last_day: last, timezone }, { from, to }) {
+  function nothing({ card, first_day: first, last_day: last }, { from, to }) {
     const dag = airflowLink(`dags/${encodeURIComponent(card.dag_id)}`, card.dag_id);
     const blank = (title, ...words) => h("div.blank", null, h("h2", null, title), h("p", null, ...words));
     if (!last && card.problem) return blank("No figures", "They show here when what is said above is solved.");
     if (!last) return blank("Not run yet", "The figures come with the first run that ends. Trigger ", dag, ".");
     const latest = day(last);
     const [start, end] = [from, to].map(tagging.days.text);
-    const told = `Nothing ran from ${start} to ${end} (${timezone}); the history goes from ${first} to ${last}. `;
+    const told = `Nothing ran from ${start} to ${end} (${card.timezone}); the history goes from ${first} to ${last}. `;
     const href = rangeHref(card.dag_id, Math.max(day(first), latest - 27), latest);
     return blank("No run in these days", told, h("a", { href }, "Show its last four weeks"));
   }
@@ -263,7 +263,7 @@ globalThis.tagging ??= {};
    * @param {{now: number, embedded: boolean, error?: string}} context
    */
   function render(page, asked, { now, embedded, error }) {
-    const today = day(dayOf(new Date(now), page.timezone));
+    const today = day(dayOf(new Date(now), page.card.timezone));
     const range = asked ?? { from: today - DEFAULT_DAYS + 1, to: today };
     const shown = clamp(range, page, today);
     const days = within(page.days, shown.from, shown.to);

@@ -90,7 +90,7 @@ globalThis.tagging ??= {};
       generated,
       only: datasets.length === 1 ? datasets[0].card.dag_id : null,
       now: () => new Date(generated).getTime(),
-      cards: async () => datasets.map(({ card, timezone }) => ({ timezone, ...card })),
+      cards: async () => datasets.map(({ card }) => card),
       async dataset(dagId) {
         const page = datasets.find(({ card }) => card.dag_id === dagId);
         if (!page) throw new Problem(`There is no DAG ${dagId}`, "This file does not hold it.");
