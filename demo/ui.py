@@ -19,6 +19,7 @@ def serve(environment: Mapping[str, str], logs: Path, mails: Path, console: Cons
         console.print(
             f"\nAirflow is at [bold]{airflow.url}[/]   user [bold]{USER}[/]   password [bold]{airflow.password}[/]\n"
             "The DAGs are paused. Trigger one with `rows: all`, or the target date 2026-11-02, and let it unpause.\n"
+            "Tagging, in the navigation, shows what the datasets cost, what the cache saved, and their tags.\n"
             f"The mails that a failed or late run sends are written to {mails}\n"
             "Ctrl-C ends everything."
         )
