@@ -481,8 +481,9 @@ def test_no_text_gets_about(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pauses between the tries of a call are not the subject here."""
+    """The pauses between the tries of a call, or of a write to S3, are not the subject here."""
     monkeypatch.setattr("random.uniform", lambda *_: 0.0)
+    monkeypatch.setattr("tagger.cache.PATIENCE_SECONDS", 1.0)
 
 
 def test_an_old_window_does_not_reach_the_present(project: Project) -> None:

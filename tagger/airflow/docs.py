@@ -16,8 +16,8 @@ DAG = """Tags the new and changed texts of `{source}` with {model} and writes th
 prompt to old rows, trigger with `rows: all`; with `dry_run` first, to see what that costs. A text that failed is asked
 again by the next run, however old its row is. A text that is tagged is never paid for twice.
 
-**Tagging** in the navigation shows what this dataset costs and how its tags move; the tab of that name at a run, how far
-its shards are and which rows failed.
+**Tagging** in the navigation shows what this dataset costs and how its tags move; the tab of that name at a run, how
+far its shards are and which rows failed.
 
 Source `{source_asset}` → target `{target_asset}`: other DAGs can be scheduled on the target's asset.
 """
