@@ -46,7 +46,7 @@ from demo.postgresql import PostgreSQL  # noqa: E402
 from demo.seaweedfs import SeaweedFS  # noqa: E402 - after the environment is ours
 from demo.stand_in import StandIn  # noqa: E402
 from tagger.connections import Connection  # noqa: E402
-from tests.databases import redis_connection  # noqa: E402
+from tests.databases import DATABASES, make_project, redis_connection  # noqa: E402
 from tests.project import Project, sqlite_project  # noqa: E402
 from tests.servers import Moto, RedisServer, S3Store  # noqa: E402
 
@@ -115,6 +115,12 @@ def llm() -> Iterator[StandIn]:
     """An offline stand-in that nobody has asked yet."""
     with StandIn(keep_texts=True) as stand_in:
         yield stand_in
+
+
+@pytest.fixture(params=DATABASES)
+def either(request: pytest.FixtureRequest) -> Project:
+    """A dataset over each of the databases in turn, moto and the stand-in."""
+    return make_project(request.param, request)
 
 
 @pytest.fixture

@@ -93,6 +93,11 @@ def put_rows(project: Project, texts: Mapping[Any, str | None], updated_at: str 
         connection.execute(notes.insert(), rows)
 
 
+def put_all(project: Project, *texts: str | None) -> None:
+    """Insert rows with these texts, and the ids 0, 1 and so on."""
+    put_rows(project, dict(enumerate(texts)))
+
+
 @dataclass
 class Requests:
     """The S3 requests that a storage made: operation and key, in order."""

@@ -13,22 +13,13 @@ from tagger.plan import describe, plan
 from tagger.runs import Plan, Run
 from tagger.spec import spec_id
 from tagger.window import Options
-from tests.databases import DATABASES, REFUSAL, make_project, put_rows, teach, watch
+from tests.databases import REFUSAL, make_project, put_all, put_rows, teach, watch
 from tests.project import Project
-
-
-@pytest.fixture(params=DATABASES)
-def either(request: pytest.FixtureRequest) -> Project:
-    return make_project(request.param, request)
 
 
 @pytest.fixture
 def project(request: pytest.FixtureRequest) -> Project:
     return make_project("sqlite", request)
-
-
-def put_all(project: Project, *texts: str | None) -> None:
-    put_rows(project, dict(enumerate(texts)))
 
 
 def make_plan(project: Project, **options: Any) -> Plan:

@@ -15,15 +15,10 @@ from tagger.runs import Plan, Run, new_keys_path, read_parquet, writing_parquet
 from tagger.spec import spec_id
 from tagger.tag import tag
 from tagger.window import Options
-from tests.databases import DATABASES, make_project, put_rows
+from tests.databases import make_project, put_rows
 from tests.project import Project
 
 OLD = "2020-01-01 00:00:00+00:00"
-
-
-@pytest.fixture(params=DATABASES)
-def either(request: pytest.FixtureRequest) -> Project:
-    return make_project(request.param, request)
 
 
 @pytest.fixture

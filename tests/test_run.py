@@ -23,7 +23,7 @@ from tagger.runs import Run
 from tagger.tables import reflect
 from tagger.tag import tag
 from tagger.window import Options
-from tests.databases import DATABASES, REFUSAL, failing_on, make_project, put_rows, teach
+from tests.databases import REFUSAL, failing_on, make_project, put_rows, teach
 from tests.project import Project
 
 REJECTED = error(400, "no", "odd_text")
@@ -32,11 +32,6 @@ REJECTED = error(400, "no", "odd_text")
 @pytest.fixture
 def project(request: pytest.FixtureRequest) -> Project:
     return make_project("sqlite", request)
-
-
-@pytest.fixture(params=DATABASES)
-def either(request: pytest.FixtureRequest) -> Project:
-    return make_project(request.param, request)
 
 
 def tags(project: Project) -> dict[Any, Any]:
