@@ -120,7 +120,7 @@ globalThis.tagging ??= {};
     const [tokens, cachedTokens, output] = ["input_tokens", "cached_input_tokens", "output_tokens"].map((name) =>
       sum(days, name),
     );
-    const left = ["skipped", "pending"].map((name) => [name, sum(days, name)]).filter(([, number]) => number);
+    const left = ["skipped", "pending"].map((name) => [name, days.at(-1)[name]]).filter(([, number]) => number);
     const asked = tagged + refused + failed;
     const each =
       spent.value !== null && !spent.unknown && asked
@@ -129,7 +129,7 @@ globalThis.tagging ??= {};
     const whole =
       spent.value !== null && saved.value !== null && !spent.unknown && !saved.unknown && spent.value + saved.value;
     const unknown = ({ unknown: number }) => (number ? `unknown on ${plural(number, "day")}` : null);
-    const also = left.map(([name, number]) => `${count(number)} ${name}`).join(", ");
+    const also = left.map(([name, number]) => `${count(number)} still ${name}`).join(", ");
     return h(
       "dl.tiles",
       null,
@@ -212,8 +212,7 @@ globalThis.tagging ??= {};
 
   function runs(page, { from, to }, embedded) {
     const columns = COLUMNS.map((name, index) => ({ name, number: index > 1 }));
-    const [first, last] = [from, to].map(tagging.days.text);
-    const found = page.runs.filter((run) => run.day >= first && run.day <= last);
+    const found = within(page.runs, from, to);
     const row = runRow(page.card.dag_id, embedded);
     const content = found.length
       ? shortened(found, RUNS_SHOWN, (some) => table("Last runs", columns, some.map(row), "runs"), "runs")
@@ -233,10 +232,12 @@ globalThis.tagging ??= {};
   }
 
   /** What stands in place of figures where there are none. */
-  function nothing({ card, first_day: first, last_day: last }, { from, to }) {
+  function nothing({ card, runs, first_day: first, last_day: last }, { from, to }) {
     const dag = airflowLink(`dags/${encodeURIComponent(card.dag_id)}`, card.dag_id);
     const blank = (title, ...words) => h("div.blank", null, h("h2", null, title), h("p", null, ...words));
     if (!last && card.problem) return blank("No figures", "They show here when what is said above is solved.");
+    if (!last && runs.length)
+      return blank("No figures yet", "They come with the first run that is reported and is no dry run.");
     if (!last) return blank("Not run yet", "The figures come with the first run that ends. Trigger ", dag, ".");
     const latest = day(last);
     const [start, end] = [from, to].map(tagging.days.text);
@@ -254,7 +255,8 @@ globalThis.tagging ??= {};
   }
 
   /** Return the first day to load for a range: what moved is told by the five weeks before its end. */
-  const needed = ({ from, to }) => Math.min(from, to - tagging.days.RECENT - tagging.days.BEFORE + 1);
+  const needed = ({ from, to }) =>
+    Math.max(Math.min(from, to - tagging.days.RECENT - tagging.days.BEFORE + 1), tagging.days.parse("2000-01-01"));
 
   /**
    * Return the page's content and the charts that are to be drawn when it stands in the page.
@@ -268,7 +270,11 @@ globalThis.tagging ??= {};
     const shown = clamp(range, page, today);
     const days = within(page.days, shown.from, shown.to);
     const top = [head(page, { now, embedded }), ...notes(page), rangeBar(page, { ...range, today, error })];
-    if (!days.length) return { content: [...top, nothing(page, range)], charts: [] };
+    if (!days.length) {
+      const ended = within(page.runs, range.from, range.to).length;
+      const listed = ended ? h("div.panels", null, runs(page, range, embedded)) : null;
+      return { content: [...top, nothing(page, range), listed], charts: [] };
+    }
     const { elements, charts, unit } = tagging.figures.panels(page, shown);
     const content = [
       ...top,

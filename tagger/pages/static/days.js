@@ -70,7 +70,7 @@ globalThis.tagging ??= {};
     return { unit, bins: [...made.values()].map((bin) => ({ ...bin, ...names(bin.from, bin.to, unit) })) };
   }
 
-  /** Return the days of a range. */
+  /** Return the days, or the runs, of a range. */
   function within(days, from, to) {
     const [first, last] = [text(from), text(to)];
     return days.filter(({ day }) => day >= first && day <= last);
@@ -95,7 +95,8 @@ globalThis.tagging ??= {};
 
   /** Return the tags as last counted; null where they were not. */
   function lastTags(days) {
-    return days.findLast(({ tags }) => tags && Object.keys(tags).length)?.tags ?? null;
+    const last = days.findLast(({ tags }) => tags && Object.keys(tags).length)?.tags;
+    return last ? Object.assign(Object.create(null), last) : null; // a tag may be called "constructor"
   }
 
   /** Return texts per second over all tag steps; null where there was none. */

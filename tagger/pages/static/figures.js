@@ -57,7 +57,7 @@ globalThis.tagging ??= {};
       stacked: true,
       format: count,
       axis: short,
-      about: "Distinct texts by what became of them.",
+      about: "The distinct texts of each run by what became of them; one that waits counts in each run.",
       summary: `${count(sum(days, "texts"))} texts: ${told}.`,
       series: OUTCOMES.map((name) => ({ name: capital(name), color: `--${name}`, values: bySum(bins, name) })),
     });

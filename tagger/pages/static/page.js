@@ -119,20 +119,21 @@ globalThis.tagging ??= {};
   /** The address of the overview or of a dataset, from the page of a run. */
   const outward = (hash) => (inTab() ? airflowUrl(`plugin/tagging${home().pathname}${hash}`) : `${home()}${hash}`);
 
-  async function run(dagId, runId) {
+  async function run(dagId, runId, signal) {
     const { content, update } = tagging.run.page();
     const trouble = h("div");
     document.body.classList.toggle("tab", inTab());
     crumbs(["Tagging", outward("#/")], [dagId, outward(tagging.overview.hrefOf(dagId))], [runId, null]);
     main().replaceChildren(...waiting("panels"));
-    update(await source.run(dagId, runId));
+    const load = () => source.run(dagId, runId, signal);
+    update(await load());
     put("run", [...content, trouble]);
-    await follow(() => source.run(dagId, runId), update, trouble);
+    await follow(load, update, trouble, signal);
   }
 
-  /** Ask again every few seconds while the run goes on and somebody looks. */
-  async function follow(load, update, trouble) {
-    while (document.querySelector('.live[data-state="running"]')) {
+  /** Ask again every few seconds while the run goes on and somebody looks, as long as that is of use. */
+  async function follow(load, update, trouble, signal) {
+    while (!signal.aborted && document.querySelector('.live[data-state="running"]')) {
       await new Promise((resume) => setTimeout(resume, AGAIN));
       if (document.hidden)
         await new Promise((resume) => document.addEventListener("visibilitychange", resume, { once: true }));
@@ -141,9 +142,11 @@ globalThis.tagging ??= {};
         trouble.replaceChildren();
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
+        const next = error.isFinal ? "." : "; it is tried again.";
         trouble.replaceChildren(
-          note("warn", error.title, `${error.message} The figures are those of the last answer; it is tried again.`),
+          note("warn", error.title, `${error.message} The figures are those of the last answer${next}`),
         );
+        if (error.isFinal) return;
       }
     }
   }
@@ -172,7 +175,7 @@ globalThis.tagging ??= {};
     const place = ofRun ? "run" : dagId ? `d/${dagId}` : "overview";
     mirror();
     try {
-      if (ofRun) await run(...ofRun.slice(1).map(decode));
+      if (ofRun) await run(...ofRun.slice(1).map(decode), signal);
       else if (dagId) await dataset(dagId, new URLSearchParams(query), signal);
       else await overview(signal);
     } catch (error) {

@@ -12,20 +12,23 @@ globalThis.tagging ??= {};
 
   /** Why there is nothing to show, for the reader. */
   class Problem extends Error {
-    constructor(title, text) {
+    /** @param {boolean} isFinal whether it is of no use to ask again */
+    constructor(title, text, isFinal = false) {
       super(text);
       this.title = title;
+      this.isFinal = isFinal;
     }
   }
 
   function problemOf(status, detail, what) {
-    if (status === 401) return new Problem("You are not logged in", "Log in to Airflow and load this page again.");
+    if (status === 401) return new Problem("You are not logged in", "Log in to Airflow and load this page again.", true);
     if (status === 403)
       return new Problem(
         `You may not see ${what}`,
         "It needs read access to the DAG; ask an administrator of Airflow.",
+        true,
       );
-    if (status === 404) return new Problem(`There is no ${what}`, detail ?? "It may have been removed or renamed.");
+    if (status === 404) return new Problem(`There is no ${what}`, detail ?? "It may have been removed or renamed.", true);
     return new Problem(
       `Cannot show ${what}`,
       detail ?? `Airflow answered with status ${status} and no figures. Its log may say why.`,
@@ -79,8 +82,8 @@ globalThis.tagging ??= {};
     now: () => Date.now(),
     cards: async (signal) => (await get("api/v1/datasets", "the overview", signal)).datasets,
     dataset: wholeRange,
-    run: (dagId, runId) =>
-      get(`api/v1/datasets/${encodeURIComponent(dagId)}/runs/${encodeURIComponent(runId)}`, `run ${runId}`),
+    run: (dagId, runId, signal) =>
+      get(`api/v1/datasets/${encodeURIComponent(dagId)}/runs/${encodeURIComponent(runId)}`, `run ${runId}`, signal),
   };
 
   /** The data that a self-contained file holds. */
