@@ -91,9 +91,9 @@ def plan(run: Run, connections: Connections) -> Plan:
     with opened_parquet(run.storage, taken.rows_file) as snapshot, ExitStack() as stack:
         with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
             texts = _write_rows(snapshot, parquet, spec, dataset.source.max_chars)
-        waiting = _unfinished_batches(run, spec, connections)
+        waiting, ended = _batches(run, spec, connections)
         new = cache.missing(texts.keys)
-        pending = waiting & new
+        settled, pending = len((ended & texts.keys) - new), waiting & new
         if options.retry_refused:
             refused = _refused(cache, texts.keys - new, dataset, taken, connections)
             new |= refused
@@ -129,6 +129,7 @@ def plan(run: Run, connections: Connections) -> Plan:
         blank=texts.blank,
         texts=len(texts.keys) + len(texts.too_long),
         cached=cached,
+        settled=settled,
         too_long=len(texts.too_long),
         too_long_row=next(iter(texts.too_long.values()), None),
         new=len(texts.keys) - cached - len(pending),
@@ -160,14 +161,17 @@ def plan(run: Run, connections: Connections) -> Plan:
     return planned
 
 
-def _unfinished_batches(run: Run, spec: str, connections: Connections) -> set[str]:
-    """Collect what has ended of the spec's batches; return the keys of the texts in the others."""
+def _batches(run: Run, spec: str, connections: Connections) -> tuple[set[str], set[str]]:
+    """Collect what has ended of the spec's batches; return the keys of the texts in the others, and in these."""
     batches = Batches(run.storage, spec)
-    if not batches.unfinished():
-        return set()
+    unfinished = batches.unfinished()
+    if not unfinished:
+        return set(), set()
     from tagger.batch import settle  # imports the SDK
 
-    return batches.keys([batch for batch, _ in settle(run, connections)])
+    before = batches.keys(unfinished)
+    waiting = batches.keys([batch for batch, _ in settle(run, connections)])
+    return waiting, before - waiting
 
 
 def describe(planned: Plan, dataset: Dataset, taken: Snapshot) -> list[str]:

@@ -3,17 +3,19 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from tagger.cache import Cache
 from tagger.dataset import LLM, Dataset
-from tagger.exceptions import RunFailed
+from tagger.exceptions import RunFailed, StorageError
 from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
 from tagger.price import price_of, usd
 from tagger.rollup import SummaryFigures, Window, update_rollup
 from tagger.runs import File, Loaded, Plan, Run, Shard, utc_now
-from tagger.spend import Spend, list_attempts, spend_of, total_usd
+from tagger.spend import Counted, Spend, list_attempts, spend_of, total_usd
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,16 @@ class Summary(SummaryFigures):
     """Those that `cost_usd` is of."""
 
 
+class Finished(Counted):
+    """The part of an earlier `summary.json` that tells when the run finished."""
+
+    finished_at: AwareDatetime
+
+
 def report(run: Run) -> Summary:
     """Sum the run up, write its summary, log it, and add it to the dataset's rollup.
+
+    Where nothing but the report is done again, the run keeps the time at which it finished.
 
     Raises:
         InputError: the run has no plan.
@@ -75,7 +85,7 @@ def report(run: Run) -> Summary:
         state="failed" if reasons else "success",
         reason="; ".join(reasons) or None,
         started_at=taken.started_at,
-        finished_at=utc_now(),
+        finished_at=_finished_at(run, spends),
         rows=planned.rows,
         blank=planned.blank,
         texts=planned.texts,
@@ -94,7 +104,7 @@ def report(run: Run) -> Summary:
         estimate_error=_estimate_error(planned, new, spends),
         cost_usd=total_usd(spend.cost_usd for spend in spends),
         earlier_plans_usd=total_usd(spend.cost_usd for spend in spends if spend.plan_id != planned.plan_id),
-        saved_usd=_times(cached, mean_cost),
+        saved_usd=_times(max(cached - planned.settled, 0), mean_cost),
         saved_by_duplicates_usd=_times(repeated, mean_cost),
         saved_by_batch_usd=total_usd(spend.cost_usd for spend in spends if spend.asked == "batch"),
         saved_by_prompt_caching_usd=total_usd(_saved_by_prompt_caching(dataset.llm, spend) for spend in spends),
@@ -106,10 +116,18 @@ def report(run: Run) -> Summary:
     run.write("summary.json", summary)
     for line in describe(summary):
         logger.info("%s", line)
-    update_rollup(run.storage, dataset)
+    update_rollup(run.storage, dataset, taken.started_at)
     if reasons:
         raise RunFailed(f"{dataset.dataset}: {summary.reason}")
     return summary
+
+
+def _finished_at(run: Run, spends: list[Spend]) -> datetime:
+    """Return the time of a summary that no later plan or load_back deleted, if no attempt was made since; else now."""
+    earlier = None
+    with suppress(StorageError):  # it is damaged
+        earlier = run.read("summary.json", Finished)
+    return earlier.finished_at if earlier and earlier.attempts == spends else utc_now()
 
 
 def _times(texts: int, mean_cost: float | None) -> float | None:

@@ -10,11 +10,12 @@ import logging
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BeforeValidator, ValidationError
+from pydantic import AwareDatetime, BeforeValidator
 
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, StorageError
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """To be raised when a rolled run holds more, or other things, so that all are read again."""
+
+TRIES = 3
+"""How often a report begins again while others write."""
 
 QUARTER_HOUR = 15
 """Minutes. Days and months of every time zone begin at a quarter hour of UTC."""
@@ -141,7 +145,7 @@ class RolledRun(File):
     """None for a run that was killed before its report, or is at work."""
     spent: list[Spent]
     problem: str | None = None
-    """What of its files is damaged, and what to do; its other figures hold nothing of them."""
+    """What of its files is damaged, and what to do. Its money is then as its summary counts it, else not known."""
 
 
 class Rollup(File):
@@ -191,37 +195,62 @@ def read_rollup(storage: Storage, dataset_name: str) -> Rollup | None:
     """
     path = _path(dataset_name)
     body = storage.get(path)
-    if body is None:
-        return None
-    try:
-        return Rollup.model_validate_json(gzip.decompress(body))
-    except (OSError, EOFError, zlib.error, ValidationError):
-        raise StorageError(f"{storage.url}/{path}: damaged; the dataset's next report makes it anew") from None
+    return None if body is None else _parsed(body, f"{storage.url}/{path}")
 
 
 def rolled_up(storage: Storage, dataset: Dataset) -> Rollup:
     """Return a dataset's rollup as its runs are now; nothing is written. Damaged runs are in it with their problem."""
-    listed = list_runs(storage, dataset.dataset)
-    try:
+    before = None
+    with suppress(StorageError):
         before = read_rollup(storage, dataset.dataset)
-    except StorageError:
-        before = None
-    known = {run.run_id: run for run in before.runs} if before else {}
-    with ThreadPoolExecutor(THREADS) as threads:
-        runs = list(threads.map(lambda files: _rolled(files, known.get(files.run.run_id)), listed))
-    return rollup_of(dataset, runs)
+    return rollup_of(dataset, _runs(storage, dataset.dataset, before))
 
 
-def update_rollup(storage: Storage, dataset: Dataset) -> None:
-    """Bring a dataset's rollup up to date. It is but a cache: where that fails, a warning tells, and no error comes.
+def update_rollup(storage: Storage, dataset: Dataset, started_at: datetime) -> None:
+    """Bring a dataset's rollup up to date, after a run that started then with that dataset.
 
-    Of two reports at once the later one wins; a run that it did not see yet is back after the next report.
+    It is but a cache: where that fails, a warning tells, and no error comes. A report that finds that another one wrote
+    meanwhile begins again; a run that is lost all the same is back after the next report.
     """
+    path = _path(dataset.dataset)
     try:
-        body = rolled_up(storage, dataset).model_dump_json().encode()
-        storage.put(_path(dataset.dataset), gzip.compress(body, compresslevel=6, mtime=0))
+        found = storage.get(path)
+        for _ in range(TRIES):
+            before, after = found, _updated(storage, dataset, started_at, found)
+            found = storage.get(path)
+            if found == before:
+                break
+        storage.put(path, after)
     except (InputError, StorageError) as e:
         logger.warning("%s: the pages do not show this run until the next report: %s", dataset.dataset, e)
+
+
+def _updated(storage: Storage, dataset: Dataset, started_at: datetime, body: bytes | None) -> bytes:
+    """Return a rollup brought up to date. What it says of the dataset is of the run that started last."""
+    before = None
+    with suppress(StorageError):
+        before = None if body is None else _parsed(body, _path(dataset.dataset))
+    rollup = rollup_of(dataset, _runs(storage, dataset.dataset, before))
+    if before is not None and any(run.summary and run.summary.started_at > started_at for run in rollup.runs):
+        rollup = before.model_copy(update={"runs": rollup.runs})
+    return gzip.compress(rollup.model_dump_json().encode(), compresslevel=6, mtime=0)
+
+
+def _parsed(body: bytes, where: str) -> Rollup:
+    try:
+        rollup = Rollup.model_validate_json(gzip.decompress(body))
+        ZoneInfo(rollup.timezone)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError):
+        raise StorageError(f"{where}: damaged; the dataset's next report makes it anew") from None
+    return rollup
+
+
+def _runs(storage: Storage, dataset_name: str, before: Rollup | None) -> list[RolledRun]:
+    """Return a dataset's runs, those that changed since a rollup read again."""
+    known = {run.run_id: run for run in before.runs} if before else {}
+    listed = list_runs(storage, dataset_name)
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(lambda files: _rolled(files, known.get(files.run.run_id)), listed))
 
 
 def _path(dataset_name: str) -> str:
@@ -233,7 +262,6 @@ def _rolled(files: RunFiles, known: RolledRun | None) -> RolledRun:
     if known is not None and known.version == version != "":
         return known
     summary: CountedSummary | None = None
-    spends: list[Spend] = []
     problem = None
     try:
         summary = files.run.read("summary.json", CountedSummary) if files.summary else None
@@ -243,6 +271,7 @@ def _rolled(files: RunFiles, known: RolledRun | None) -> RolledRun:
         spends = files.spends(summary.attempts if summary else [])
     except StorageError as e:
         problem = str(e)
+        spends = files.spends_unread(summary.attempts if summary else [])
     last_written = max(
         (spend.ended_at for spend in spends), default=max(version.written_at for version in _versions(files))
     )

@@ -104,6 +104,8 @@ class Plan(File):
     texts: int
     """Distinct texts."""
     cached: int
+    settled: int = 0
+    """Of the cached texts, those whose records came from batches that this step collected: they were paid for now."""
     too_long: int
     too_long_row: str | None = None
     """A row with a text that is too long, to name it by."""
@@ -206,7 +208,7 @@ class Run:
         try:
             return model.model_validate_json(body)
         except ValidationError:
-            raise StorageError(f"{self.storage.url}/{path}: not a {model.__name__} file: run its step again") from None
+            raise StorageError(f"{self.storage.url}/{path}: damaged: run its step again") from None
 
     def snapshot(self) -> Snapshot:
         """Return the run's snapshot.

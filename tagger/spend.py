@@ -13,9 +13,11 @@ from datetime import datetime, timedelta
 from itertools import chain
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AwareDatetime, Field
 
+from tagger.exceptions import StorageError
 from tagger.ledger import Attempt, read_attempts
 from tagger.runs import File, Run
 from tagger.storage import Storage, Version
@@ -97,7 +99,33 @@ class RunFiles:
         """
         if {spend.file: spend.etag for spend in counted} == {name: v.etag for name, v in self.attempts.items()}:
             return counted
-        return [spend_of(attempt, self.attempts) for attempt in read_attempts(self.run)]
+        try:
+            return [spend_of(attempt, self.attempts) for attempt in read_attempts(self.run)]
+        except (pa.ArrowException, TypeError, ValueError):
+            where = f"{self.run.storage.url}/{self.run.files}"
+            raise StorageError(
+                f"{where}: a shard's file has times or figures that cannot be; delete it to go on without its counts"
+            ) from None
+
+    def spends_unread(self, counted: list[Spend]) -> list[Spend]:
+        """Return what each attempt spent as far as the run's summary counts it; what others did is not known."""
+        by_file = {spend.file: spend for spend in counted}
+        return [by_file.get(name) or _unknown(name, version) for name, version in self.attempts.items()]
+
+
+def _unknown(file: str, version: Version) -> Spend:
+    return Spend(
+        file=file,
+        etag=None,
+        plan_id="",
+        asked="online",
+        ended_at=version.written_at,
+        requests=0,
+        input_tokens=0,
+        cached_input_tokens=0,
+        output_tokens=0,
+        cost_usd=None,
+    )
 
 
 def list_attempts(run: Run) -> dict[str, Version]:

@@ -584,6 +584,18 @@ def test_nothing_more_is_handed_over_once_the_budget_is_spent(project: Project, 
     assert len(llm.submitted) == 1
 
 
+def test_what_the_plan_collects_is_paid_for_and_not_saved(project: Project, llm: StandIn) -> None:
+    llm.script_batches(Fate(delay=0.5))
+    put_texts(project, 3)
+    hand_over(project, planned(project))
+    time.sleep(0.6)
+
+    summary = finished(project, planned(project))
+
+    assert (summary.cached, summary.saved_usd) == (3, 0)
+    assert finished(project, planned(project)).saved_usd
+
+
 @pytest.mark.parametrize("fallback", [None, "online"])
 def test_what_another_run_answered_since_the_plan_is_not_asked(
     project: Project, llm: StandIn, fallback: str | None

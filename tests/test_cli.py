@@ -346,7 +346,7 @@ def test_damage_of_one_dataset_does_not_hide_the_others(shell: Shell) -> None:
     assert shell.run("report") == 1
     assert "notes-first · success" in shell.out
     assert "others-first · success" in shell.out
-    assert_complains(shell, r"runs/notes/broken/summary\.json: not a CountedSummary file")
+    assert_complains(shell, r"runs/notes/broken/summary\.json: damaged")
     assert shell.run("report", "--by", "day", "--csv") == 1
     assert shell.out == ""
 

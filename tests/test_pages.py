@@ -120,6 +120,17 @@ def test_a_dry_run_is_not_the_last_run_of_a_card(project: Project) -> None:
     assert (card(project).last_run_id, card(project).texts) == ("one", 10)
 
 
+def test_where_an_attempt_is_damaged_what_is_left_is_not_known(project: Project) -> None:
+    project.change(limits={"max_cost_usd_per_month": 5})
+    put_attempt(project.open("one"), 1.0, NOON)
+    project.open("one").storage.put("runs/notes/one/shard-1-1.parquet", b"x")
+
+    found = card(project, datetime.now(UTC))
+
+    assert (found.spent_month_usd, found.budget_left_usd) == (None, None)
+    assert "runs/notes/one/shard-1-1.parquet: damaged" in (found.problem or "")
+
+
 def test_a_run_without_texts_has_no_cached_share(project: Project) -> None:
     put_run(project, "one", NOON, texts=0, cached=0)
 
@@ -163,6 +174,7 @@ def test_a_day_has_all_that_its_runs_did(project: Project) -> None:
         tags={"fruit": 1},
         cost_usd=1.5,
         earlier_plans_usd=0.5,
+        estimate_error=-0.5,
     )
     put_run(
         project,
@@ -175,6 +187,7 @@ def test_a_day_has_all_that_its_runs_did(project: Project) -> None:
         saved_by_batch_usd=0.125,
         saved_by_prompt_caching_usd=0.0625,
         cost_usd=10.0,
+        estimate_error=-0.95,
     )
 
     [day] = days(project)
@@ -198,7 +211,7 @@ def test_what_is_not_known_of_a_day_is_null(project: Project) -> None:
     before, killed = days(project)
 
     assert (before.saved_usd, before.saved_by_batch_usd, before.saved_by_duplicates_usd) == (None, None, 0.25)
-    assert (before.estimated_usd, before.estimated_actual_usd, before.texts_per_second) == (None, 0.0, None)
+    assert (before.estimated_usd, before.estimated_actual_usd, before.texts_per_second) == (0.0, 0.0, None)
     assert (killed.runs, killed.spent_usd, killed.model, killed.spec_id, killed.tags) == (1, None, None, None, {})
 
 
@@ -210,12 +223,22 @@ def test_the_tags_of_a_day_are_those_of_its_last_run_that_loaded(project: Projec
     assert [day.tags for day in days(project)] == [{"fruit": 2}]
 
 
-def test_an_estimate_is_held_against_what_the_runs_that_have_one_cost(project: Project) -> None:
-    put_run(project, "one", NOON, cost_usd=3.0, estimated_usd=2.5)
+def test_an_estimate_is_held_against_what_the_runs_cost_that_asked_all_of_it(project: Project) -> None:
+    put_run(project, "one", NOON, cost_usd=3.0, estimated_usd=2.5, estimate_error=-0.2)
     put_run(project, "two", NOON, cost_usd=8.0, estimated_usd=None)
-    put_run(project, "three", NOON + ONE_DAY, cost_usd=None, estimated_usd=2.5)
+    put_run(project, "over-budget", NOON, cost_usd=0.0, estimated_usd=100.0)
+    put_run(project, "three", NOON + ONE_DAY, cost_usd=None, estimated_usd=2.5, estimate_error=-0.2)
 
-    assert [day.estimated_actual_usd for day in days(project)] == [3.0, None]
+    assert [(day.estimated_usd, day.estimated_actual_usd) for day in days(project)] == [(2.5, 3.0), (2.5, None)]
+
+
+def test_the_speed_is_that_of_texts_that_were_asked_one_by_one(project: Project) -> None:
+    too_long, damaged = {"count": 1, "row_id": "1"}, {"count": 1, "row_id": "2"}
+    put_run(project, "one", NOON, seconds={"tag": 2.0}, errors={"too_long": too_long, "damaged_record": damaged})
+    put_run(project, "handed-over", NOON, seconds={"tag": 7200.0}, mode="batch")
+    put_run(project, "batch", NOON + ONE_DAY, seconds={"tag": 7200.0}, mode="batch")
+
+    assert [(day.seconds, day.texts_per_second) for day in days(project)] == [(7202.0, 1.0), (7200.0, None)]
 
 
 def changes(project: Project, *runs: dict[str, Any]) -> list[list[str]]:
@@ -293,7 +316,9 @@ def test_days_agree_with_the_history(
     assert in_range.runs == [run for run in everything.runs if start <= run.day <= end]
     for day in everything.days:
         shown = {name: value for name, value in vars(day).items() if name in Figures.__dataclass_fields__}
-        assert shown | {"total_saved_usd": total_saved(day)} == approximately(expected[str(day.day)])
+        shown |= {"total_saved_usd": total_saved(day)}
+        shown |= {"estimated_usd": expected[str(day.day)].estimated_usd}  # here of all runs
+        assert shown == approximately(expected[str(day.day)])
     bounds = (everything.first_day, everything.last_day)
     assert bounds == ((everything.days[0].day, everything.days[-1].day) if expected else (None, None))
     assert (in_range.first_day, in_range.last_day) == bounds

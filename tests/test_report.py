@@ -19,6 +19,7 @@ from demo.stand_in import error
 from tagger.cache import Cache, Record, Usage
 from tagger.exceptions import InputError, LLMStopped, RunFailed, StorageError, TaggerError
 from tagger.ledger import SCHEMA, Ledger
+from tagger.load import load_back
 from tagger.plan import plan
 from tagger.report import ErrorCount, Summary, describe, report
 from tagger.runs import Estimate, Loaded, Plan, Run, Shard, Snapshot
@@ -862,4 +863,21 @@ def test_a_run_reported_again_replaces_its_summary(project: Project) -> None:
     second = report(run)
 
     assert project.summary(run) == second
-    assert second.finished_at > first.finished_at
+    assert second.model_dump(exclude={"seconds"}) == first.model_dump(exclude={"seconds"})
+
+
+@pytest.mark.parametrize("news", ["an attempt", "a damaged summary", "a plan", "a load"])
+def test_a_run_that_went_on_finishes_anew(project: Project, news: str) -> None:
+    project.put(1, "apple")
+    first = project.run("one")
+    run = project.open("one")
+    if news == "an attempt":
+        put_attempt(run, 9, "plan", [])
+    elif news == "a damaged summary":
+        run.storage.put(f"{run.files}summary.json", b"x")
+    elif news == "a plan":
+        plan(run, project.connections)
+    if news in ("a plan", "a load"):
+        load_back(run, project.connections)
+
+    assert report(run).finished_at > first.finished_at

@@ -57,7 +57,7 @@ def stored(project: Project) -> Rollup:
 
 
 def update(project: Project) -> Rollup:
-    update_rollup(storage_of(project), project.dataset)
+    update_rollup(storage_of(project), project.dataset, datetime.max.replace(tzinfo=UTC))
     return stored(project)
 
 
@@ -341,6 +341,8 @@ DAMAGE = {
     "no JSON": lambda body: gzip.compress(b"not JSON"),
     "other JSON": lambda body: gzip.compress(b'{"runs": 1}'),
     "not text": lambda body: gzip.compress(b"\xff\xfe"),
+    "no such zone": lambda body: gzip.compress(gzip.decompress(body).replace(b'"UTC"', b'"Mars/Base"')),
+    "no zone": lambda body: gzip.compress(gzip.decompress(body).replace(b'"UTC"', b'"../UTC"')),
 }
 
 
@@ -378,9 +380,35 @@ def test_a_run_with_a_damaged_file_is_in_it_with_the_problem_and_with_all_that_i
         assert (two.summary, [spent.cost_usd for spent in two.spent]) == (None, [10.0])
     else:
         assert two.summary is not None
-        assert two.spent == []
+        assert [(spent.requests, spent.cost_usd) for spent in two.spent] == [(0, None)]
     assert mended.problems == []
     assert_same(project, mended)
+
+
+def test_what_a_damaged_attempt_spent_is_told_by_the_summary_that_counts_it(project: Project) -> None:
+    project.put(1, "apple")
+    project.run("one")
+    [before] = stored(project).runs
+    storage_of(project).put("runs/notes/one/shard-1-1.parquet", b"x")
+
+    [damaged] = update(project).runs
+    put_attempt(project.open("one"), 100.0, NOON, shard=2)
+    [with_another] = update(project).runs
+
+    assert "shard-1-1.parquet: damaged" in (damaged.problem or "")
+    assert damaged.spent == before.spent
+    assert None in [spent.cost_usd for spent in with_another.spent]
+
+
+@pytest.mark.parametrize("about", [{"started_at": "2026-11-30T12:00:00"}, {"asked": "by mail"}], ids=["time", "asked"])
+def test_a_run_with_an_odd_attempt_is_a_problem_and_fails_no_report(project: Project, about: Any) -> None:
+    put_run(project, "odd", NOON, 1.0)
+    put_attempt(project.open("odd"), 10.0, NOON, shard=2, **about)
+
+    assert project.run("one").state == "success"
+
+    [problem] = stored(project).problems
+    assert "runs/notes/odd/: a shard's file has times or figures that cannot be" in problem
 
 
 def test_a_run_of_which_nothing_can_be_read_ended_when_its_files_were_written(project: Project) -> None:
@@ -481,6 +509,43 @@ def test_a_rollup_of_a_later_version_is_read_as_far_as_this_one_knows_it(project
 
     assert isinstance(run, RolledRun)
     assert run.run_id == "one"
+
+
+def test_a_report_that_finds_another_one_wrote_meanwhile_begins_again(project: Project) -> None:
+    put_run(project, "one", NOON, 1.0)
+    update(project)
+    with_one = storage_of(project).get(FILE) or b""
+    late = iter(["two", "three"])
+
+    def report_another(**_: object) -> None:
+        if run_id := next(late, None):
+            put_run(project, run_id, NOON, 1.0)
+            storage_of(project).put(FILE, with_one + run_id.encode())
+
+    events = storage_of(project)._client.meta.events
+    events.register("after-call.s3.ListObjectsV2", report_another)
+    try:
+        found = update(project)
+    finally:
+        events.unregister("after-call.s3.ListObjectsV2", report_another)
+
+    assert {run.run_id for run in found.runs} == {"one", "two", "three"}
+
+
+def test_an_old_run_that_is_reported_again_changes_nothing(project: Project) -> None:
+    project.put(1, "apple")
+    project.run("old")
+    project.change(timezone="Asia/Tokyo", limits={"max_cost_usd_per_month": 5.0})
+    project.run("new")
+    before = stored(project)
+
+    report(project.open("old"))
+
+    assert (before.timezone, before.max_cost_usd_per_month) == ("Asia/Tokyo", 5.0)
+    assert stored(project).model_dump(exclude={"runs"}) == before.model_dump(exclude={"runs"})
+    assert [(run.run_id, run.ended_at) for run in stored(project).runs] == [
+        (run.run_id, run.ended_at) for run in before.runs
+    ]
 
 
 def test_a_run_reported_by_hand_updates_the_rollup(project: Project) -> None:

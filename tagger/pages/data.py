@@ -20,6 +20,9 @@ State = Literal["success", "failed", "running", "queued", "none"]
 
 RUNS_SHOWN = 50
 
+NOT_ASKED = ("too_long", "damaged_record")
+"""Kinds of errors of texts that no call was made for."""
+
 NO_SUMMARY = "no summary: it is at work, or was killed before its report"
 """Why a run counts as failed that has none."""
 
@@ -83,12 +86,13 @@ class Day(Shown):
     saved_by_batch_usd: float | None
     saved_by_prompt_caching_usd: float | None
     estimated_usd: float | None
+    """By the plans of those runs alone that asked all the texts they planned for, and whose cost is known."""
     estimated_actual_usd: float | None
-    """What the runs cost that have an estimate, earlier plans of theirs aside: to be held against it."""
+    """What those runs cost, earlier plans of theirs aside: to be held against it."""
     seconds: float
     """Of the tag steps."""
     texts_per_second: float | None
-    """New texts that ended, over those seconds; null where none did."""
+    """Texts that were asked and ended, over those seconds, the Batch API's aside; null where there were none."""
     errors: dict[str, int]
     """Texts by kind of error."""
     tags: dict[str, int]
@@ -220,26 +224,37 @@ def _day(day: date, figures: "Figures", done: list[_Done]) -> Day:
 
     summaries = [each.summary for each in done]
     last = summaries[-1] if summaries else None
-    estimated = [s for s in summaries if s.estimated_usd is not None]
-    seconds = sum(s.seconds.get("tag", 0.0) for s in summaries)
-    ended = figures.tagged + figures.refused + figures.failed
+    estimated = [s for s in summaries if s.estimate_error is not None]
+    counts = {name: value for name, value in vars(figures).items() if name in Day.model_fields}
+    counts["estimated_usd"] = total_usd(s.estimated_usd for s in estimated)
     return Day(
         day=day,
-        **{name: value for name, value in vars(figures).items() if name in Day.model_fields},
+        **counts,
         rows=sum(s.rows for s in summaries),
         saved_usd=total_usd(s.saved_usd for s in summaries),
         saved_by_duplicates_usd=total_usd(s.saved_by_duplicates_usd for s in summaries),
         saved_by_batch_usd=total_usd(s.saved_by_batch_usd for s in summaries),
         saved_by_prompt_caching_usd=total_usd(s.saved_by_prompt_caching_usd for s in summaries),
         estimated_actual_usd=total_usd(_spent_on_plan(s) for s in estimated),
-        seconds=round(seconds, 3),
-        texts_per_second=ended / seconds if ended and seconds else None,
+        seconds=round(_tag_seconds(summaries), 3),
+        texts_per_second=_texts_per_second([s for s in summaries if s.mode == "online"]),
         errors=dict(sum((Counter(s.errors) for s in summaries), Counter())),
         tags=next((s.tags for s in reversed(summaries) if s.tags), {}),
         model=last.model if last else None,
         spec_id=last.spec_id if last else None,
         changes=[change for each in done for change in each.changes],
     )
+
+
+def _tag_seconds(summaries: list["RolledSummary"]) -> float:
+    return sum(s.seconds.get("tag", 0.0) for s in summaries)
+
+
+def _texts_per_second(summaries: list["RolledSummary"]) -> float | None:
+    seconds = _tag_seconds(summaries)
+    ended = sum(s.tagged + s.refused + s.failed for s in summaries)
+    asked = ended - sum(s.errors.get(kind, 0) for s in summaries for kind in NOT_ASKED)
+    return asked / seconds if asked > 0 and seconds else None
 
 
 def _spent_on_plan(summary: "RolledSummary") -> float | None:
