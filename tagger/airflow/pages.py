@@ -6,7 +6,7 @@ text to be seen: rollups, plans, summaries and the books of shards have none.
 
 import re
 from collections.abc import Collection
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -26,9 +26,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import tagger.pages
 from tagger import __version__
 from tagger.airflow.dataset_pages import DAYS_SHOWN, MOST_DAYS, DatasetPages
-from tagger.airflow.page_storage import Clients, Readers
+from tagger.airflow.page_storage import Readers
 from tagger.airflow.run_page import RunPage, RunPages
-from tagger.airflow.tagged_dags import airflow_run, tag_tasks, tagged_dag_ids, tagged_dags, where_of
+from tagger.airflow.tagged_dags import (
+    AirflowRun,
+    airflow_run,
+    airflow_runs,
+    tag_tasks,
+    tagged_dag_ids,
+    tagged_dags,
+    where_of,
+)
 from tagger.exceptions import InputError
 from tagger.pages.data import Card, DatasetPage
 
@@ -47,7 +55,7 @@ HEADERS = {
 }
 
 STATIC = FilePath(tagger.pages.__file__).parent / "static"
-STATIC_NAMES = frozenset(file.name for file in STATIC.iterdir() if file.suffix in {".css", ".js", ".svg"})
+STATIC_NAMES = frozenset(file.name for file in STATIC.iterdir() if file.suffix in {".css", ".js"})
 
 FIRST_DAY, LAST_DAY = date(2000, 1, 1), date(2199, 12, 31)
 
@@ -120,8 +128,8 @@ api = FastAPI(
 app = Secured(api)
 
 _static = StaticFiles(directory=STATIC)
-_readers, _clients = Readers(), Clients()
-_datasets, _runs = DatasetPages(_clients, _readers), RunPages(_clients, _readers)
+_readers = Readers()
+_datasets, _runs = DatasetPages(_readers), RunPages(_readers)
 
 
 @api.get("/", include_in_schema=False)
@@ -160,7 +168,9 @@ def datasets(user: GetUserDep) -> Datasets:
     """
     with create_session(scoped=False) as session:
         tagged = tagged_dag_ids(session)
-        found = tagged_dags(session, _readable(tagged, user))
+    readable = _readable(tagged, user)  # by sessions of Airflow's own: a request needs one connection at a time
+    with create_session(scoped=False) as session:
+        found = tagged_dags(session, readable)
     return Datasets(datasets=_datasets.cards(found))
 
 
@@ -180,8 +190,13 @@ def dataset(
         found = tagged_dags(session, [dag_id])
     if not found:
         raise _no_dag(dag_id)
+
+    def runs_of(since: datetime, until: datetime) -> list[AirflowRun]:
+        with create_session(scoped=False) as session:
+            return airflow_runs(session, dag_id, since, until)
+
     try:
-        return _datasets.page(found[0], start, end)
+        return _datasets.page(found[0], start, end, runs_of)
     except InputError as e:
         raise HTTPException(422, str(e)) from None
 

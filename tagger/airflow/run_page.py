@@ -1,20 +1,19 @@
 """What the tab of a run shows: its summary, how far its shards are, and which rows failed."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, Literal
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BaseModel
+from pydantic import AwareDatetime, BaseModel, field_validator
 
-from tagger.airflow.page_storage import Clients, Readers, Reading
+from tagger.airflow.page_storage import Place, Read, Readers, Reading
 from tagger.airflow.shard_tally import NOTHING, Failures, Tallies, Tally
 from tagger.airflow.tagged_dags import NO_XCOM, AirflowRun, RunState, TagTask, Where, dataset_of
 from tagger.pages.data import Shown
 from tagger.report import Summary
 from tagger.runs import Loaded, Plan, Run, Shard, Snapshot
+from tagger.storage import Storage
 
 ShardState = Literal["waiting", "running", "deferred", "retrying", "done", "broken", "skipped"]
 
@@ -139,12 +138,20 @@ class Zoned(BaseModel):
 
     timezone: str = "UTC"
 
+    @field_validator("timezone")
+    @classmethod
+    def _is_known(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (KeyError, OSError):
+            raise ValueError("a time zone such as UTC or Asia/Tokyo") from None
+        return timezone
+
 
 class RunPages:
     """Makes the pages of runs; keeps what it read of shards that did not change."""
 
-    def __init__(self, clients: Clients, readers: Readers) -> None:
-        self._clients = clients
+    def __init__(self, readers: Readers) -> None:
         self._readers = readers
         self._tallies = Tallies()
 
@@ -157,19 +164,15 @@ class RunPages:
             tasks: The instances of its step `tag`.
             where: Where its files are; None where nothing tells.
         """
-        until = time.monotonic() + self._readers.patience
-        opened = self._open(where, known.run_id) if where else Reading[Run]()
-        files = self._files(opened.found, until) if opened.found else {}
+        until = self._readers.until()
+        files = self._files(where, known.run_id, until) if where else {}
         found = {name: reading.found for name, reading in files.items()}
         plan, summary, loaded = found.get("plan"), found.get("summary"), found.get("loaded")
         tallies: Mapping[int, Reading[Tally]] = {}
-        if opened.found and plan:
-            versions = found.get("versions") or {}
-            tallies = self._read_shards(opened.found, plan, versions, until)
+        if where and plan:
+            tallies = self._read_shards(where, known.run_id, plan, found.get("versions") or {}, until)
         by_shard = {shard: reading.found or NOTHING for shard, reading in tallies.items()}
-        problems = [each.problem for each in (opened, *files.values(), *tallies.values()) if each.problem]
-        if problems and where:
-            self._clients.forget(where.conn_id)
+        problems = [each.problem for each in (*files.values(), *tallies.values()) if each.problem]
         if where is None and known.state == "success":
             problems.append(NO_XCOM)
         return RunPage(
@@ -188,32 +191,30 @@ class RunPages:
             problem="; ".join(dict.fromkeys(problems)) or None,
         )
 
-    def _open(self, where: Where, run_id: str) -> Reading[Run]:
-        def opened() -> Run:
-            return Run(self._clients.storage(where.storage, where.conn_id), where.dataset, run_id)
-
-        return self._readers.read({"run": opened})["run"]
-
-    def _files(self, run: Run, until: float) -> dict[str, Reading[Any]]:
-        reads: dict[str, Callable[[], Any]] = {
-            "plan": lambda: run.read("plan.json", Plan),
-            "summary": lambda: run.read("summary.json", Summary),
-            "loaded": lambda: run.read("load.json", Loaded),
-            "snapshot": lambda: run.read("snapshot.json", Snapshot),
-            "zoned": lambda: run.read("dataset.json", Zoned),
-            "versions": lambda: self._tallies.versions(run),
+    def _files(self, where: Where, run_id: str, until: float) -> dict[str, Reading[Any]]:
+        reads: dict[str, Callable[[Run], Any]] = {
+            "plan": lambda run: run.read("plan.json", Plan),
+            "summary": lambda run: run.read("summary.json", Summary),
+            "loaded": lambda run: run.read("load.json", Loaded),
+            "snapshot": lambda run: run.read("snapshot.json", Snapshot),
+            "zoned": lambda run: run.read("dataset.json", Zoned),
+            "versions": self._tallies.versions,
         }
-        return self._readers.read(reads, until)
+        return self._readers.read({name: _of_run(where, run_id, read) for name, read in reads.items()}, until)
 
     def _read_shards(
-        self, run: Run, plan: Plan, versions: Mapping[int, list[str]], until: float
+        self, where: Where, run_id: str, plan: Plan, versions: Mapping[int, list[str]], until: float
     ) -> dict[int, Reading[Tally]]:
-        reads = {
-            shard.shard: partial(self._tallies.of, run, plan.plan_id, shard.shard, versions[shard.shard])
-            for shard in plan.shards
-            if shard.shard in versions
-        }
-        return self._readers.read(reads, until)
+        def tally(shard: int) -> Callable[[Run], Tally]:
+            return lambda run: self._tallies.of(run, plan.plan_id, shard, versions[shard])
+
+        shards = [shard.shard for shard in plan.shards if shard.shard in versions]
+        reads = {shard: _of_run(where, run_id, tally(shard)) for shard in shards}
+        return self._readers.read(reads, until, "shards")
+
+
+def _of_run(where: Where, run_id: str, read: Callable[[Run], Read]) -> tuple[Place, Callable[[Storage], Read]]:
+    return where.place, lambda storage: read(Run(storage, where.dataset, run_id))
 
 
 def _day(summary: Summary | None, known: AirflowRun, zoned: Zoned | None) -> str:

@@ -19,9 +19,6 @@ ROW_IDS_SHOWN = 100
 TALLIES_KEPT = 1024
 """Each is small; those of the last runs that somebody looked at."""
 
-READ_AT_ONCE = 4
-"""Shards. More take more memory and, being unpacked, no less time: 16 of 62,500 texts each take half a second."""
-
 ENDED = ("tagged", "refused", "failed")
 
 _RANK = pa.array(["asked", "failed", "refused", "tagged"])
@@ -75,7 +72,6 @@ class Tallies:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, ...], Tally] = OrderedDict()
         self._lock = threading.Lock()
-        self._reading = threading.Semaphore(READ_AT_ONCE)
 
     def versions(self, run: Run) -> dict[int, list[str]]:
         """Return names and versions of the files of each shard, in one listing."""
@@ -93,8 +89,7 @@ class Tallies:
         key = (run.storage.url, run.files, plan_id, *versions)
         if (known := self._known(key)) is not None:
             return known
-        with self._reading:
-            known = self._known(key) or tally(read_attempts(run, shard), plan_id)
+        known = tally(read_attempts(run, shard), plan_id)
         with self._lock:
             self._kept[key] = known
             while len(self._kept) > TALLIES_KEPT:

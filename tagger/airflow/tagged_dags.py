@@ -10,12 +10,17 @@ from airflow.models.dag import DagModel, DagTag
 from airflow.models.dagrun import DagRun
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XComModel
-from pydantic import BaseModel, ValidationError
-from sqlalchemy import ColumnElement, Select, and_, case, func, select, tuple_
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, tuple_
 from sqlalchemy.orm import Session
+
+from tagger.airflow.page_storage import Place
+from tagger.pages.data import RUNS_SHOWN
 
 TAG, BROKEN = "tagger", "broken"
 AT_WORK = ("running", "queued")
+
+_AT = func.coalesce(DagRun.end_date, DagRun.start_date, DagRun.queued_at)
 
 NO_XCOM = "Airflow no longer knows where its files are, for the XComs are gone: the next run tells"
 
@@ -25,9 +30,16 @@ RunState = Literal["queued", "running", "success", "failed"]
 class Where(BaseModel):
     """Where a dataset's runs lie, as the snapshot step returned it."""
 
+    model_config = ConfigDict(frozen=True)
+
     dataset: str
     storage: str
     conn_id: str
+
+    @property
+    def place(self) -> Place:
+        """The storage, as pages read it."""
+        return Place(self.conn_id, self.storage)
 
 
 @dataclass(frozen=True)
@@ -153,25 +165,24 @@ def _latest(session: Session, dag_ids: Collection[str]) -> dict[str, AirflowRun]
     # a later row counts more
     found = {row[0]: AirflowRun(*row[1:]) for statement in (ended, at_work) for row in session.execute(statement)}
     steps = _failed_steps(session, [(dag_id, run.run_id) for dag_id, run in found.items() if run.state == "failed"])
-    return {dag_id: replace(run, failed_at=steps.get(dag_id, ())) for dag_id, run in found.items()}
+    return {dag_id: replace(run, failed_at=steps.get((dag_id, run.run_id), ())) for dag_id, run in found.items()}
 
 
 def _runs() -> Select[Any]:
     """Select the DAG's id, and what an `AirflowRun` has."""
-    at = func.coalesce(DagRun.end_date, DagRun.start_date, DagRun.queued_at)
     date = func.coalesce(DagRun.logical_date, DagRun.run_after)
-    return select(DagRun.dag_id, DagRun.run_id, DagRun.state, at, date, DagRun.conf)
+    return select(DagRun.dag_id, DagRun.run_id, DagRun.state, _AT, date, DagRun.conf)
 
 
-def _failed_steps(session: Session, runs: Collection[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
-    """Return the steps that failed, for one run of a DAG each."""
+def _failed_steps(session: Session, runs: Collection[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return the steps that failed, by DAG and run."""
     of_runs = tuple_(TaskInstance.dag_id, TaskInstance.run_id).in_(runs)
-    columns = (TaskInstance.dag_id, TaskInstance.task_id)
-    steps: dict[str, tuple[str, ...]] = {}
-    for dag_id, step in session.execute(
+    columns = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id)
+    steps: dict[tuple[str, str], tuple[str, ...]] = {}
+    for dag_id, run_id, step in session.execute(
         select(*columns).where(of_runs, TaskInstance.state == "failed").group_by(*columns).order_by(*columns)
     ):
-        steps[dag_id] = (*steps.get(dag_id, ()), step)
+        steps[dag_id, run_id] = (*steps.get((dag_id, run_id), ()), step)
     return steps
 
 
@@ -190,7 +201,17 @@ def airflow_run(session: Session, dag_id: str, run_id: str) -> AirflowRun | None
     row = session.execute(_runs().where(DagRun.dag_id == dag_id, DagRun.run_id == run_id)).one_or_none()
     if row is None:
         return None
-    return replace(AirflowRun(*row[1:]), failed_at=_failed_steps(session, [(dag_id, run_id)]).get(dag_id, ()))
+    steps = _failed_steps(session, [(dag_id, run_id)])
+    return replace(AirflowRun(*row[1:]), failed_at=steps.get((dag_id, run_id), ()))
+
+
+def airflow_runs(session: Session, dag_id: str, since: datetime, until: datetime) -> list[AirflowRun]:
+    """Return the newest runs of a time, as many as a page shows; and of those at work, all that are among them."""
+    in_time = or_(DagRun.state.in_(AT_WORK), and_(since <= _AT, until > _AT))
+    found = session.execute(_runs().where(DagRun.dag_id == dag_id, in_time).order_by(_AT.desc()).limit(RUNS_SHOWN))
+    runs = [AirflowRun(*row[1:]) for row in found]
+    steps = _failed_steps(session, [(dag_id, run.run_id) for run in runs if run.state == "failed"])
+    return [replace(run, failed_at=steps.get((dag_id, run.run_id), ())) for run in runs]
 
 
 def tag_tasks(session: Session, dag_id: str, run_id: str) -> list[TagTask]:

@@ -4,23 +4,22 @@ import gzip
 import json
 import re
 import runpy
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 from typing import Any
 
 import pytest
+from airflow import settings as airflow_settings
 from airflow.models import Connection as AirflowConnection
 from airflow.utils.session import create_session
+from sqlalchemy import event
 
-from tagger.airflow.dataset_pages import DatasetPages, days
-from tagger.airflow.page_storage import Clients, Readers
-from tagger.airflow.tagged_dags import TaggedDag, Where
-from tagger.connections import Connection
+from tagger.airflow.dataset_pages import days
 from tagger.exceptions import InputError
+from tagger.plan import plan
+from tagger.tag import tag
 from tagger.window import Options
 from tests.airflow.server import GUEST, GUESTS_DAG, NOON, RUN, SECRET, Server, connect, tagged, where
 from tests.conftest import REPOSITORY
@@ -312,6 +311,82 @@ def test_a_run_that_was_marked_failed_after_its_report_is_failed(server: Server,
     assert (card["state"], card["reason"]) == ("failed", "failed, though none of its steps did: see Airflow")
 
 
+def lines(server: Server, query: str = "") -> list[tuple[str, str, str | None]]:
+    page = server.get(f"{DATA}/tag_notes{query}").json()
+    return [(run["run_id"], run["state"], run["reason"]) for run in page["runs"]]
+
+
+def test_runs_that_were_not_reported_are_listed_as_airflow_has_them(server: Server, project: Project) -> None:
+    tagged(server, project)
+    at = last_run_at(server) + timedelta(minutes=1)
+    server.run("manual__2", state="failed", steps={"plan": "failed"}, at=at)
+    server.run("manual__3", state="failed", steps={"snapshot": "failed"}, at=at + timedelta(seconds=1))
+    server.run("manual__4", state="running", at=at + timedelta(seconds=2))
+
+    assert lines(server) == [
+        ("manual__4", "running", None),
+        ("manual__3", "failed", "failed at `snapshot`: the log says why"),
+        ("manual__2", "failed", "failed at `plan`: the log says why"),
+        (RUN, "success", None),
+    ]
+    assert lines(server, "?start=2026-01-01&end=2026-01-31") == []
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("running", None), ("failed", "failed at `tag`: the log says why"), ("success", None)]
+)
+def test_a_run_without_a_summary_is_in_the_state_that_airflow_has_it_in(
+    server: Server, project: Project, state: str, reason: str | None
+) -> None:
+    project.put(1, SECRET)
+    run = project.take("manual__0")
+    plan(run, project.connections)
+    tag(run, 1, project.connections)
+    tagged(server, project)
+    steps = {"tag": "failed"} if state == "failed" else {}
+    server.run("manual__0", state=state, steps=steps, at=last_run_at(server))
+
+    found = {run_id: told for run_id, *told in lines(server)}
+
+    assert found == {"manual__0": [state, reason], RUN: ["success", None]}
+
+
+def test_at_most_fifty_runs_are_listed(server: Server, project: Project) -> None:
+    tagged(server, project)
+    last = last_run_at(server)
+    for number in range(60):
+        server.run(f"failed__{number}", state="failed", at=last + timedelta(seconds=number + 1))
+
+    found = lines(server)
+
+    assert (len(found), found[0][0], found[-1][0]) == (50, "failed__59", "failed__10")
+
+
+def test_a_page_needs_one_connection_to_airflows_database_at_a_time(server: Server, project: Project) -> None:
+    tagged(server, project)
+    assert airflow_settings.engine is not None
+    pool, open_now, most = airflow_settings.engine.pool, 0, 0
+
+    def taken(*_: object) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+
+    def given_back(*_: object) -> None:
+        nonlocal open_now
+        open_now -= 1
+
+    event.listen(pool, "checkout", taken)
+    event.listen(pool, "checkin", given_back)
+    try:
+        statuses(server, ROUTES)
+    finally:
+        event.remove(pool, "checkout", taken)
+        event.remove(pool, "checkin", given_back)
+
+    assert (most, open_now) == (1, 0)
+
+
 def test_a_paused_dataset_has_no_next_run(server: Server) -> None:
     server.dag(is_paused=True, next_dagrun_create_after=NOON)
 
@@ -364,43 +439,6 @@ def test_a_storage_that_is_away_is_told_soon_and_takes_no_other_down(
     assert server.get(f"{DATA}/tag_lost/runs/{RUN}").json()["problem"].startswith(project.dataset.storage)
 
 
-def test_a_connection_that_is_mended_serves_at_once(
-    server: Server, project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tagged(server, project, "manual__0")
-    connect(monkeypatch, "moved", "http://127.0.0.1:9")
-    server.run("manual__1", where=where(project, conn_id="moved"))
-    before = server.card()["problem"]
-
-    connect(monkeypatch, "moved", project.store.endpoint)
-
-    assert "S3 does not answer" in before
-    assert server.card()["problem"] is None
-
-
-def test_a_storage_that_hangs_is_not_waited_for(project: Project) -> None:
-    project.put(1, SECRET)
-    project.run(RUN)
-
-    def known(dataset: str, conn_id: str) -> TaggedDag:
-        told = Where.model_validate(where(project, dataset=dataset, conn_id=conn_id))
-        return TaggedDag(f"tag_{dataset}", is_broken=False, is_stale=False, next_run_at=None, where=told, latest=None)
-
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        silence = Connection("silent", "aws", login="a", password="b", extra={"endpoint_url": endpoint})
-        clients = Clients(lambda conn_id: silence if conn_id == "silent" else project.connections(conn_id))
-        clients.storage(project.dataset.storage, "aws_default")
-        started = time.monotonic()
-
-        dags = [known("lost", "silent"), known("notes", "aws_default")]
-        lost, there = DatasetPages(clients, Readers(patience=1)).cards(dags)
-
-        assert time.monotonic() - started < 2
-    assert lost.problem == "storage has not answered within 1 s; try again"
-    assert (there.problem, there.texts) == (None, 1)
-
-
 def test_a_damaged_history_is_told(server: Server, project: Project) -> None:
     tagged(server, project)
     project.open(RUN).storage.put("history/notes.json.gz", gzip.compress(b"{"))
@@ -409,6 +447,18 @@ def test_a_damaged_history_is_told(server: Server, project: Project) -> None:
 
     assert page["card"]["problem"].endswith("damaged; the dataset's next report makes it anew")
     assert page["card"]["state"] == "success"
+
+
+def test_a_history_with_a_time_zone_that_there_is_not_is_told(server: Server, project: Project) -> None:
+    tagged(server, project)
+    storage = project.open(RUN).storage
+    rollup = json.loads(gzip.decompress(storage.get("history/notes.json.gz") or b""))
+    storage.put("history/notes.json.gz", gzip.compress(json.dumps(rollup | {"timezone": "Mars/Base"}).encode()))
+
+    page = server.get(f"{DATA}/tag_notes").json()
+
+    assert page["card"] == server.card()
+    assert page["card"]["problem"].endswith("damaged; the dataset's next report makes it anew")
 
 
 def test_a_history_that_is_not_there_yet_is_told(server: Server, project: Project) -> None:
@@ -455,7 +505,7 @@ def test_a_connection_in_airflows_database_serves(
 # The plugin
 
 
-PLUGIN = REPOSITORY / "plugins" / "tagging.py"
+PLUGIN = REPOSITORY / "plugins" / "tagging_plugin.py"
 
 
 def test_airflow_has_a_page_in_its_navigation_and_a_tab_at_its_runs() -> None:

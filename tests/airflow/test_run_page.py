@@ -278,8 +278,18 @@ def test_a_damaged_summary_is_told_and_the_shards_are_shown(server: Server, proj
 
     shown = page(server)
 
-    assert shown["problem"].endswith("summary.json: not a Summary file: run its step again")
+    assert shown["problem"].endswith("summary.json: damaged: run its step again")
     assert (shown["summary"], [shard["done"] for shard in shown["shards"]]) == (None, [2])
+
+
+def test_a_time_zone_that_there_is_not_is_told(server: Server, project: Project) -> None:
+    run = planned(server, project, "running")
+    run.storage.put(f"{run.files}dataset.json", b'{"timezone": "Mars/Base"}')
+
+    shown = page(server)
+
+    assert shown["problem"].endswith("dataset.json: damaged: run its step again")
+    assert (shown["day"], shown["plan"]["shards"]) == ("2026-11-20", 1)
 
 
 # Tallies
