@@ -19,7 +19,7 @@ from tagger.storage import Storage
 from tests.airflow.server import SECRET, where
 from tests.project import Project
 
-PATIENCE = 1.0
+PATIENCE = 4.0
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_datasets_of_storages_that_hang_hold_up_no_other(project: Project, silen
     together.join()
     again, cards = timed(lambda: pages.cards([*hung, known(project)]))
 
-    assert (alone < 1, card.texts) == (True, 1)
-    assert (again < 1, cards[-1].texts) == (True, 1)
-    assert {card.problem for card in cards[:-1]} == {"storage has not answered within 1 s; try again"}
+    assert (alone < PATIENCE / 2, card.texts) == (True, 1)
+    assert (again < PATIENCE / 2, cards[-1].texts) == (True, 1)
+    assert {card.problem for card in cards[:-1]} == {f"storage has not answered within {PATIENCE:g} s; try again"}
 
 
 def test_viewers_of_a_storage_that_hangs_are_few_at_a_time(project: Project, silent: Connection) -> None:
@@ -90,7 +90,7 @@ def test_viewers_of_a_storage_that_hangs_are_few_at_a_time(project: Project, sil
     started = time.monotonic()
     found = readers.read({0: (there(project), len_of_history)}, readers.until())[0]
 
-    assert (found.problem, time.monotonic() - started < 1) == (None, True)
+    assert (found.problem, time.monotonic() - started < PATIENCE / 2) == (None, True)
     for viewer in viewers:
         viewer.join()
     assert sum(wait > 0.9 * PATIENCE for wait in waits) <= PAGES
@@ -187,7 +187,7 @@ def test_many_shards_or_histories_hold_up_no_page_of_their_storage(project: Proj
     page: tuple[What, What] = ("files", "page")
     found = [readers.read({0: (there(project), len_of_history)}, readers.until(), each)[0].found for each in page]
 
-    assert (found, time.monotonic() - started < 0.5) == ([0, 0], True)
+    assert (found, time.monotonic() - started < PATIENCE / 2) == ([0, 0], True)
     together.join()
 
 

@@ -17,6 +17,7 @@ from airflow.utils.session import create_session
 from sqlalchemy import event
 
 from tagger.airflow.dataset_pages import days
+from tagger.airflow.page_storage import PATIENCE_SECONDS
 from tagger.exceptions import InputError
 from tagger.plan import plan
 from tagger.tag import tag
@@ -429,7 +430,7 @@ def test_a_storage_that_is_away_is_told_soon_and_takes_no_other_down(
 
     answer = server.get(DATA)
 
-    assert answer.elapsed < timedelta(seconds=3)
+    assert answer.elapsed < timedelta(seconds=PATIENCE_SECONDS)
     assert server.card()["texts"] == 2
     lost = server.card("tag_lost")
     assert lost["problem"].endswith("S3 does not answer at http://127.0.0.1:9: EndpointConnectionError")
