@@ -403,7 +403,7 @@ def test_a_page_says_what_could_not_be_read_and_shows_the_rest(shell: Shell) -> 
 
     problems = {page["card"]["dag_id"]: page["card"]["problem"] for page in page_in(file)["datasets"]}
     assert "no bucket `not-there`" in problems["tag_away"]
-    assert "runs/notes/broken/summary.json: not a" in problems["tag_notes"]
+    assert "runs/notes/broken/summary.json: damaged" in problems["tag_notes"]
     assert "`max_tags`: found 0" in problems["tag_torn"]
     assert [line for line in shell.complaints if not any(told in line for told in problems.values())] == []
     assert len(shell.complaints) == 3
