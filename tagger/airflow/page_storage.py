@@ -146,16 +146,17 @@ class Readers:
         """Return the lanes of storages that do not rest, and whose turn it is soon."""
         until = time.monotonic() + TURN_SECONDS
         with self._lock:
-            lanes = {
-                place: self._lanes.setdefault((place, what), Lane(THREADS[what]))
-                for place in places
-                if self._problem(place) is None
-            }
+            lanes = {place: self._lane(place, what) for place in places if self._problem(place) is None}
         return {
             place: lane
             for place, lane in lanes.items()
             if lane.turns.acquire(timeout=max(until - time.monotonic(), 0.0))
         }
+
+    def _lane(self, place: Place, what: What) -> Lane:
+        if (place, what) not in self._lanes:
+            self._lanes[place, what] = Lane(THREADS[what])
+        return self._lanes[place, what]
 
     def _ended(self, started: Future[Reading[Read]] | None, place: Place, what: What) -> Reading[Read]:
         if started is None:

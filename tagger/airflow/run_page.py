@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel, field_validator
 from tagger.airflow.page_storage import Place, Read, Readers, Reading
 from tagger.airflow.shard_tally import NOTHING, Failures, Tallies, Tally
 from tagger.airflow.tagged_dags import NO_XCOM, AirflowRun, RunState, TagTask, Where, dataset_of
-from tagger.pages.data import Shown
+from tagger.pages.data import Counts, Shown
 from tagger.report import Summary
 from tagger.runs import Loaded, Plan, Run, Shard, Snapshot
 from tagger.storage import Storage
@@ -31,17 +31,9 @@ SHARD_STATES: dict[str | None, ShardState] = {
 """Of a task's states. The others are those of a task that waits."""
 
 
-class RunSummary(Shown):
-    """The run in figures, once it is reported. `texts = cached + tagged + refused + failed + skipped + pending`."""
+class RunSummary(Counts):
+    """The run in figures, once it is reported."""
 
-    rows: int
-    texts: int
-    cached: int
-    tagged: int
-    refused: int
-    failed: int
-    skipped: int
-    pending: int
     spent_usd: float | None
     """Null where the price of the model is not known."""
     estimated_usd: float | None

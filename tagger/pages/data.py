@@ -62,11 +62,9 @@ class Card(Shown):
     """What could not be read, and what to do."""
 
 
-class Day(Shown):
-    """What happened on one day."""
+class Counts(Shown):
+    """Texts by what became of them: `texts = cached + tagged + refused + failed + skipped + pending`."""
 
-    day: date
-    runs: int
     rows: int
     texts: int
     cached: int
@@ -75,6 +73,13 @@ class Day(Shown):
     failed: int
     skipped: int
     pending: int
+
+
+class Day(Counts):
+    """What happened on one day."""
+
+    day: date
+    runs: int
     requests: int
     input_tokens: int
     cached_input_tokens: int
