@@ -101,6 +101,10 @@ class S3Endpoint(Endpoint):
 
     module = "bench.s3_server"
 
+    def behave(self, *, latency: float) -> None:
+        """Let each request of S3's wait so many seconds for its answer."""
+        self.control("POST", "/_behave", latency=latency)
+
     def clear(self) -> None:
         """Delete all objects."""
         self.control("POST", "/_clear")

@@ -3,8 +3,9 @@
 Path style, any credentials. Objects (PUT with If-None-Match, GET with Range, HEAD, DELETE, multi-object delete), both
 versions of the listing, multipart uploads, buckets (made by their first use). The rest is 501 and counted as `Other`.
 
-Ours are `GET /_stats`, `POST /_reset` (counters), `POST /_clear` (all objects) and `POST /_seed`, which takes
-`bucket`, `keys_file` (one object key a line) and `body`, and makes all of them exist with that one body.
+Ours are `GET /_stats`, `POST /_reset` (counters), `POST /_clear` (all objects), `POST /_behave`, which takes `latency`
+(seconds before S3's requests are answered), and `POST /_seed`, which takes `bucket`, `keys_file` (one object key a line)
+and `body`, and makes all of them exist with that one body.
 """
 
 import asyncio
@@ -83,7 +84,9 @@ class Bucket:
 class S3:
     """Answers S3's requests from memory."""
 
-    def __init__(self, _loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._latency = 0.0
         self._buckets: dict[str, Bucket] = {}
         self._uploads: dict[str, dict[int, bytes]] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -98,7 +101,11 @@ class S3:
         self._counts[_area(key or request.query.get("prefix", "")), operation] += 1
         store = self._buckets.setdefault(bucket, Bucket())
         answer = getattr(self, f"_{operation}", None)
-        send(answer(request, store, key) if answer else _error("501 Not Implemented", "NotImplemented"))
+        raw = answer(request, store, key) if answer else _error("501 Not Implemented", "NotImplemented")
+        if self._latency:
+            self._loop.call_later(self._latency, send, raw)
+        else:
+            send(raw)
 
     def _control(self, request: Request) -> bytes:
         if request.path == "/_reset":
@@ -106,6 +113,8 @@ class S3:
         elif request.path == "/_clear":
             self._buckets.clear()
             self._uploads.clear()
+        elif request.path == "/_behave":
+            self._latency = json.loads(request.body)["latency"]
         elif request.path == "/_seed":
             asked = json.loads(request.body)
             content = stored(asked["body"].encode())

@@ -68,6 +68,9 @@ QUICK = (Case(300, 0.5, 64), Case(600, 0.5, 64))
 NAIVE_TEXTS = (300, 1000, 2000)
 
 
+_S3_LATENCY = "that each S3 request takes, of all contenders (0; Amazon states 0.1 to 0.2 for small objects)"
+
+
 class Bench:
     """The endpoints, and the trials made so far."""
 
@@ -256,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--latency", type=float, nargs="+", default=[0.5], help="with --texts or --naive: seconds (0.5)"
     )
+    parser.add_argument("--s3-latency", type=float, default=0.0, metavar="SECONDS", help=_S3_LATENCY)
     parser.add_argument("--in-flight", type=int, default=64, help="with --texts: calls at once (64)")
     parser.add_argument("--quick", action="store_true", help="300 and 600 texts only")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each contender (1)")
@@ -270,6 +274,7 @@ def main() -> None:
         folder = Path(name)
         llm, s3 = stack.enter_context(LLMEndpoint(folder)), stack.enter_context(S3Endpoint(folder))
         redis = stack.enter_context(RedisServer(folder / "redis")) if asked.lock else None
+        s3.behave(latency=asked.s3_latency)
         bench = Bench(folder, llm, s3, redis, asked.naive_limit)
         for turn in range(asked.repeat):
             for case in _cases(asked):
@@ -282,6 +287,7 @@ def main() -> None:
     print(bounds_table(must))
     content = {
         "benchmark": "tree",
+        "s3_latency": asked.s3_latency,
         "summary": lines,
         "cpu_flatness": flatness(lines),
         "must_reach": [asdict(bound) for bound in must],

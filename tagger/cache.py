@@ -87,6 +87,8 @@ class Record(BaseModel):
     status: Literal["tagged", "refused"]
     reason: str | None = None
     tags: list[str]
+    confidence: list[float] | None = None
+    """How sure the LLM says it is of each tag, from 0 to 1; None where it was not asked (`confidence` of the spec)."""
     model: str
     usage: Usage
     cost_usd: float | None

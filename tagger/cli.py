@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tagger import __version__
+from tagger.cli_quality import add_commands
 from tagger.connections import Connections, connections_from_env
 from tagger.dataset import Dataset
 from tagger.dataset_files import dataset_files, datasets_folder, find_dataset, load_dataset
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     load = add("load", _load, "write the tags into the target table")
     run = add("run", _run, "all steps in this process")
     report = add("report", _report, "sum a run up; without a run id: show the latest one, and what all did and cost")
+    add_commands(add)
     for sub in (snapshot, plan, tag, load, run):
         sub.add_argument("dataset", metavar="DATASET")
         sub.add_argument("--run-id", metavar="ID", required=sub is not run)

@@ -183,6 +183,24 @@ class Tag(Model):
         return tag_id
 
 
+class Example(Model):
+    """A text and the tags that it should get, shown to the LLM. It stands in each run's `dataset.json`: a made-up one."""
+
+    text: str = Field(repr=False)
+    tags: list[str]
+
+    @field_validator("text")
+    @classmethod
+    def _some_text(cls, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("text without halves of surrogate pairs") from None
+        if not text.strip():
+            raise ValueError("a text")
+        return text
+
+
 class Lock(Model):
     """The Redis that keeps several workers from asking for one text at once."""
 
@@ -278,6 +296,9 @@ class Dataset(Model):
     tags: list[Tag] = Field(min_length=1)
     max_tags: int = Field(default=3, ge=1)
     allow_none: bool = True
+    examples: list[Example] = Field(default_factory=list)
+    confidence: bool = False
+    review_below: float | None = Field(default=None, gt=0, le=1)
     revision: int = Field(default=1, ge=0)
     lock: Lock | None = None
     limits: Limits = Limits()
@@ -325,6 +346,23 @@ class Dataset(Model):
     def _target_is_not_source(self) -> Self:
         if (self.target_conn_id, self.target.table) == (self.source.conn_id, self.source.table):
             raise ValueError("target.table: a table other than the source's")
+        return self
+
+    @model_validator(mode="after")
+    def _examples_are_answers(self) -> Self:
+        for number, example in enumerate(self.examples):
+            key, tags = f"examples[{number}].tags", example.tags
+            if unknown := sorted(set(tags) - set(self.tag_ids)):
+                raise ValueError(f"{key}: ids of `tags` (`{unknown[0]}` is none)")
+            if len(set(tags)) < len(tags) or len(tags) > self.max_tags or (not tags and not self.allow_none):
+                least = "none" if self.allow_none else "one"
+                raise ValueError(f"{key}: from {least} to {self.max_tags} tags (`max_tags`, `allow_none`), each once")
+        return self
+
+    @model_validator(mode="after")
+    def _review_needs_confidence(self) -> Self:
+        if self.review_below is not None and not self.confidence:
+            raise ValueError("review_below: no value without `confidence: true`, whose values it is compared with")
         return self
 
     @property

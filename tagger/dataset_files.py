@@ -1,6 +1,7 @@
 """Dataset files: found by name or path, read from YAML, every mistake told with file, key, found and expected."""
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tagger.dataset import (
     Alerts,
     AssetSchedule,
     Dataset,
+    Example,
     Limits,
     Lock,
     Price,
@@ -184,7 +186,7 @@ def _mistake(error: Any) -> Mistake:
         message = str(context["error"])
         if not key:  # from a validator of the whole file, which names the key itself
             key, message = message.split(": ", 1)
-            value = value["target"]["table"]
+            value = _at(value, key)
         return Mistake(key, _show(value), message)
     if kind in ("model_type", "dict_type"):
         return Mistake(key, _show(value), "keys: " + _known_keys([*location, ""]).removeprefix("one of "))
@@ -193,6 +195,13 @@ def _mistake(error: Any) -> Mistake:
         return Mistake(key, _show(value), f"text (in quotes, if it reads like another type){forms}")
     message = str(error["msg"]).removeprefix("Input should be ")
     return Mistake(key, _show(value), message[0].lower() + message[1:])
+
+
+def _at(content: Any, key: str) -> Any:
+    """Return what stands at a key such as `target.table` or `examples[2].tags`; None where nothing does."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        content = content[int(part)] if isinstance(content, list) else (content or {}).get(part)
+    return content
 
 
 def _known_keys(location: list[str | int]) -> str:
@@ -212,6 +221,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "llm": LLM,
     "price": Price,
     "tags": Tag,
+    "examples": Example,
     "lock": Lock,
     "limits": Limits,
     "shards": Shards,

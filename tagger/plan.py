@@ -5,7 +5,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -99,7 +99,7 @@ def plan(run: Run, connections: Connections) -> Plan:
             new |= refused
         cached = len(texts.keys) - len(new)
         new -= pending
-        with target_rows(dataset, taken.id_type, connections) as target:
+        with nullcontext() if taken.is_trial else target_rows(dataset, taken.id_type, connections) as target:
             target_count, older = (target.count(), target.older_specs(spec)) if target else (0, [])
             if new:
                 rows = stack.enter_context(opened_parquet(run.storage, rows_path(run, plan_id)))

@@ -29,6 +29,9 @@ from tagger.window import Options, Selection
 RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 """Airflow's pattern (`allowed_run_id_pattern`)."""
 
+TRIAL = "trial__"
+"""How the ids of runs start that measure tags and load none (`tagger.trial`)."""
+
 WAVE_TEXTS = 250
 WAVE_CHARS = 8_000_000
 """A row group of a shard's file is a wave, which the tag step takes at a time: it holds no more, or one longer text."""
@@ -55,6 +58,8 @@ class Snapshot(File):
     id_type: IdType
     selection: Selection
     options: Options = Options()
+    is_trial: bool = False
+    """Whether its rows are not the source's, so that nothing is to be looked up in the target."""
     taken_at: AwareDatetime
     """Database time at the snapshot's start."""
     started_at: AwareDatetime

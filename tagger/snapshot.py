@@ -168,6 +168,18 @@ class SourceTable:
         if selection.rollout and older:
             yield from self._rows_of(self._newest(older - unfinished, selection.rollout))
 
+    def ids(self) -> Iterator[Any]:
+        """Yield the ids of all rows, in their order."""
+        yield from (self._id_out(row[0]) for row in self._read(sa.select(self._id).order_by(self._id)))
+
+    def texts(self, ids: list[Any]) -> dict[Any, str]:
+        """Return the texts of those of the rows that are there, by id; uuids are given and returned as text."""
+        asked = [uuid.UUID(row_id) for row_id in ids] if self.id_type == "uuid" else ids
+        if self._connection.dialect.name == "sqlite":
+            raw: Any = self._connection.connection.dbapi_connection
+            raw.text_factory = lambda b: b.decode("utf-8", "replace")
+        return dict(self._rows_of(asked))
+
     def _rows_of(self, ids: list[Any]) -> Iterator[tuple[Any, str]]:
         for start in range(0, len(ids), IDS_A_QUERY):
             place = {row_id: i for i, row_id in enumerate(ids[start : start + IDS_A_QUERY])}

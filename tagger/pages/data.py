@@ -153,8 +153,9 @@ def card_of(rollup: "Rollup", now: datetime, *, dag_id: str | None = None) -> Ca
     Airflow knows more of the last run, and of the next one: `card.model_copy(update=…)`.
     """
     from tagger.history import Figures, history
+    from tagger.runs import TRIAL
 
-    runs = [run for run in rollup.runs if not (run.summary and run.summary.dry_run)]
+    runs = [r for r in rollup.runs if not (r.summary and r.summary.dry_run) and not r.run_id.startswith(TRIAL)]
     last = _line(runs[-1], rollup) if runs else None
     done = next((run.summary for run in reversed(runs) if run.summary), None)
     first = now.astimezone(rollup.zone).date().replace(day=1)
@@ -269,9 +270,12 @@ def _spent_on_plan(summary: "RolledSummary") -> float | None:
 
 
 def _line(run: "RolledRun", rollup: "Rollup") -> RunLine:
+    from tagger.runs import TRIAL
     from tagger.spend import total_usd
 
     day, spent = _day_of(run.ended_at, rollup), total_usd(spent.cost_usd for spent in run.spent)
+    if run.run_id.startswith(TRIAL):
+        return RunLine(run_id=run.run_id, day=day, state="success", reason="a trial: no tag is loaded", spent_usd=spent)
     if run.summary is None:
         return RunLine(run_id=run.run_id, day=day, state="failed", reason=run.problem or NO_SUMMARY, spent_usd=spent)
     told = {name: value for name, value in vars(run.summary).items() if name in RunLine.model_fields}

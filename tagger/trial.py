@@ -1,0 +1,169 @@
+"""A trial: texts that are asked to measure the tags, beside the daily run and through the same plan, tree and cache.
+
+What a trial pays for is in the cache, so that the next trial and the daily run have it for nothing. Its money counts
+toward the month's. Its texts are deleted from storage when it ends, and no tag is loaded.
+"""
+
+import logging
+import random
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from tagger.cache import Cache, Record
+from tagger.connections import Connections, database
+from tagger.dataset import Dataset
+from tagger.exceptions import RunFailed
+from tagger.ledger import read_attempts
+from tagger.plan import plan
+from tagger.runs import TRIAL, Plan, Run, Snapshot, open_run, utc_now, writing_parquet
+from tagger.snapshot import SourceTable
+from tagger.spec import normalise, spec_id, text_key
+from tagger.spend import total_usd
+from tagger.tables import connecting
+from tagger.tag import tag
+from tagger.window import Selection, run_options
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TEXTS_A_WRITE = 1000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a trial's texts."""
+
+    dataset: Dataset
+    """As it was asked: `mode` is online."""
+    plan: Plan
+    records: list[Record | None]
+    """One for each text, in their order; None where the text is blank, too long, or got no answer."""
+    requests: int
+    """Made now; none where the cache had all."""
+    spent_usd: float | None
+    """What was spent now; None where the price is not known."""
+    tag_seconds: float
+    """How long the asking took."""
+
+
+def run_trial(
+    dataset: Dataset,
+    texts: Sequence[str],
+    connections: Connections,
+    *,
+    name: str,
+    max_cost_usd: float | None = None,
+) -> Trial:
+    """Ask for the tags of texts, those that the cache has aside. What that will cost is logged before.
+
+    `name` says what the trial is for, and stands in its run id. `max_cost_usd` is instead of the dataset's limit.
+
+    Raises:
+        InputError: something is not there, or a limit is set and the price is not known.
+        RunFailed: it would cost more than the limits leave, or the budget is spent.
+        LLMStopped: the endpoint refuses every call.
+    """
+    dataset = dataset.model_copy(update={"llm": dataset.llm.model_copy(update={"mode": "online"})})
+    options = run_options(max_cost_usd=max_cost_usd)
+    if max_cost_usd is not None:
+        limits = dataset.limits.model_copy(update={"max_cost_usd": max_cost_usd})
+        dataset = dataset.model_copy(update={"limits": limits})
+    run_id = f"{TRIAL}{name}_{utc_now():%Y-%m-%dT%H:%M:%S}_{uuid.uuid4().hex[:6]}"
+    run = open_run(dataset, run_id, connections)
+    run.storage.check()
+    run.freeze(dataset)
+    with _texts_in_storage(run, texts) as rows_file:
+        now = utc_now()
+        taken = Snapshot(
+            rows_file=rows_file,
+            rows=len(texts),
+            id_type="integer",
+            selection=Selection(rows="all", unfinished=False),
+            options=options,
+            is_trial=True,
+            taken_at=now,
+            started_at=now,
+            seconds=0.0,
+        )
+        run.write("snapshot.json", taken)
+        planned = plan(run, connections)
+        if planned.problem is not None:
+            raise RunFailed(planned.problem)
+        clock = time.monotonic()
+        for shard in planned.shards:
+            tag(run, shard.shard, connections, alone=True)
+        tag_seconds = time.monotonic() - clock
+    attempts = read_attempts(run)
+    return Trial(
+        dataset=dataset,
+        plan=planned,
+        records=_records(run, dataset, texts),
+        requests=sum(sum(attempt.values("requests")) for attempt in attempts),
+        spent_usd=total_usd(cost for attempt in attempts for cost in attempt.values("cost_usd")),
+        tag_seconds=tag_seconds,
+    )
+
+
+@contextmanager
+def _texts_in_storage(run: Run, texts: Sequence[str]) -> Iterator[str]:
+    """Write the texts as a snapshot's rows, numbered from 0, and delete all that holds texts in the end."""
+    rows_file = f"{run.texts}rows.parquet"
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    try:
+        with writing_parquet(run.storage, rows_file, schema) as parquet:
+            for start in range(0, len(texts), TEXTS_A_WRITE):
+                part = texts[start : start + TEXTS_A_WRITE]
+                parquet.write({"id": range(start, start + len(part)), "text": part})
+        yield rows_file
+    finally:
+        for path in [path for path, _ in run.storage.list(run.texts)]:
+            run.storage.delete(path)
+
+
+def _records(run: Run, dataset: Dataset, texts: Sequence[str]) -> list[Record | None]:
+    spec = spec_id(dataset)
+    cache = Cache(run.storage, spec, dataset.llm.model)
+    keys = [text_key(spec, normalise(text)) for text in texts]
+    found = cache.read_many(cache.find(keys))
+    return [found.get(key) for key in keys]
+
+
+def source_texts(dataset: Dataset, ids: Sequence[Any], connections: Connections) -> dict[Any, str]:
+    """Return the texts of those of the rows that the source has, by id.
+
+    Raises:
+        InputError: a table or column is missing.
+    """
+    with _source(dataset, connections) as source:
+        return source.texts(list(ids))
+
+
+def sample_of_source(dataset: Dataset, size: int, seed: int, connections: Connections) -> dict[Any, str]:
+    """Return the texts of so many rows, by id, drawn at random; the same ones for the same table and seed."""
+    with _source(dataset, connections) as source:
+        return source.texts(sorted(drawn(source.ids(), size, seed)))
+
+
+@contextmanager
+def _source(dataset: Dataset, connections: Connections) -> Iterator[SourceTable]:
+    conn_id = dataset.source.conn_id
+    with connecting(database(conn_id, connections), conn_id) as connection:
+        yield SourceTable(connection, dataset)
+
+
+def drawn(items: Iterable[T], size: int, seed: int) -> list[T]:
+    """Return so many of the items, or all where there are no more, drawn at random in one pass (algorithm R)."""
+    chance, left = random.Random(seed), iter(items)
+    picked = list(islice(left, size))
+    for number, item in enumerate(left, size):
+        if (place := chance.randint(0, number)) < size:
+            picked[place] = item
+    return picked
