@@ -22,6 +22,7 @@ from demo.home import Home
 from demo.mail import MailCatcher
 from demo.postgresql import PostgreSQL
 from demo.processes import Process, ServerError
+from demo.shell import open_shell
 from demo.ui import serve
 from tagger.connections import Connection
 from tagger.dataset_files import dataset_files, load_dataset
@@ -49,7 +50,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
         signal.signal(number, _interrupt)
     try:
-        return _run(home, ui=options.ui, yes=options.yes)
+        return _run(home, options)
     except KeyboardInterrupt:
         print("\nStopped; everything it started has ended.")
         return 130
@@ -61,6 +62,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("scripts/demo", description=__doc__)
     parser.add_argument("--ui", action="store_true", help="then start Airflow and keep it until Ctrl-C")
+    parser.add_argument(
+        "--shell", action="store_true", help="run no DAG; open a shell in which `tagger` works on the sample tables"
+    )
     parser.add_argument("--live", action="store_true", help="ask the real OpenAI API ($OPENAI_API_KEY); costs money")
     parser.add_argument("--yes", action="store_true", help="with --live: do not ask before spending")
     parser.add_argument(
@@ -73,12 +77,12 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _run(home: Home, *, ui: bool, yes: bool) -> int:
+def _run(home: Home, options: argparse.Namespace) -> int:
     home.prepare()
     if not home.lock():
         print("scripts/demo: another demo is running; end it first", file=sys.stderr)
         return 2
-    if home.live and not _agreed(home, yes):
+    if home.live and not options.shell and not _agreed(home, options.yes):
         return 0
     with ExitStack() as stack:
         console.print("Starting the S3 server (SeaweedFS)" + ("" if home.live else " and the offline LLM stand-in"))
@@ -88,11 +92,15 @@ def _run(home: Home, *, ui: bool, yes: bool) -> int:
             show.stand_in_notice(console)
         mail = stack.enter_context(MailCatcher(home.mails))
         # in the web interface Airflow works on several runs at once, and SQLite has no row locks
-        database_url = stack.enter_context(PostgreSQL(home.path / "postgresql")).url if ui else None
+        database_url = stack.enter_context(PostgreSQL(home.path / "postgresql")).url if options.ui else None
         environment = home.environment(store, llm_url, mail, database_url)
         Storage.connect(f"s3://{homes.BUCKET}", "aws_default", _connections(environment)).check(create=True)
+        if options.shell:
+            tables.fill(home.database)
+            show.in_the_shell(console, live=home.live)
+            return open_shell(environment, home.path / "shell")
         ok = _two_days(home, environment)
-        if ui:
+        if options.ui:
             home.shorten_catch_up()
             serve(environment, home.logs, _shown(home.mails), console)
         else:

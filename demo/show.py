@@ -113,7 +113,17 @@ def what_next(console: Console, *, live: bool) -> None:
     console.print("scripts/demo --ui      the same in Airflow's web interface")
     if not live:
         console.print("scripts/demo --live    with the real OpenAI API ($OPENAI_API_KEY)")
+    console.print("scripts/demo --shell   a shell in which `tagger` works on the sample tables (docs/guide.md)")
     console.print("scripts/demo --reset   forget everything")
+
+
+def in_the_shell(console: Console, *, live: bool) -> None:
+    """Say what is there in the demo's shell."""
+    console.print(
+        "A shell with the tables `articles` and `survey_answers` (connection tagger_db), storage s3://tagger, "
+        + ("the real OpenAI API" if live else "the offline stand-in as LLM")
+        + ", and labels: articles.labels.csv, survey_answers.labels.csv. `exit` ends it all; docs/guide.md has a tour."
+    )
 
 
 def live_estimate(console: Console, datasets: list[Dataset]) -> None:
