@@ -6,6 +6,7 @@ toward the month's. Its texts are deleted from storage when it ends, and no tag 
 
 import logging
 import random
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import read_attempts
 from tagger.plan import plan
-from tagger.runs import TRIAL, Plan, Run, Snapshot, open_run, utc_now, writing_parquet
+from tagger.runs import TRIAL, IdType, Plan, Run, Snapshot, open_run, utc_now, writing_parquet
 from tagger.snapshot import SourceTable
 from tagger.spec import normalise, spec_id, text_key
 from tagger.spend import total_usd
@@ -137,13 +138,28 @@ def _records(run: Run, dataset: Dataset, texts: Sequence[str]) -> list[Record | 
 
 
 def source_texts(dataset: Dataset, ids: Sequence[Any], connections: Connections) -> dict[Any, str]:
-    """Return the texts of those of the rows that the source has, by id.
+    """Return the texts of those of the rows that the source has, by id as given: as the source has it, or as text.
 
     Raises:
         InputError: a table or column is missing.
     """
     with _source(dataset, connections) as source:
-        return source.texts(list(ids))
+        asked = {given: row_id for given in ids if (row_id := _id_in(source.id_type, given)) is not None}
+        texts = source.texts(list(set(asked.values())))
+        return {given: texts[row_id] for given, row_id in asked.items() if row_id in texts}
+
+
+def _id_in(kind: IdType, given: Any) -> Any:
+    """Return an id as the source has it; None where it can be none of its kind."""
+    if kind == "integer":
+        number = int(given) if isinstance(given, int) or re.fullmatch(r"-?[0-9]{1,19}", str(given)) else None
+        return number if number is not None and -(2**63) <= number < 2**63 else None
+    if kind == "uuid":
+        try:
+            return str(uuid.UUID(str(given)))
+        except ValueError:
+            return None
+    return str(given)
 
 
 def sample_of_source(dataset: Dataset, size: int, seed: int, connections: Connections) -> dict[Any, str]:
