@@ -2,10 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from tagger.connections import Connections
 from tagger.dataset import Dataset
 from tagger.dataset_files import find_dataset, load_dataset
+from tagger.exceptions import InputError
 
 Add = Callable[[str, Callable[[argparse.Namespace, Connections], None], str], argparse.ArgumentParser]
 """Adds a command: its name, its function, its help."""
@@ -19,7 +22,66 @@ def add_commands(add: Add) -> None:
 
 
 def _add_evaluate(add: Add) -> None:
-    """evaluate."""
+    evaluate = add("evaluate", _evaluate, "measure the tags of labelled texts")
+    evaluate.add_argument("dataset", metavar="DATASET")
+    evaluate.add_argument(
+        "labels", metavar="LABELS", nargs="?", type=Path, help="CSV or Parquet: `text` or `row_id`, and `tags`"
+    )
+    evaluate.add_argument("--reviewed", action="store_true", help="the reviewed rows of the target are the labels")
+    evaluate.add_argument("--sample", type=_count, metavar="N", help="measure so many of them, drawn at random")
+    evaluate.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the sample and the intervals")
+    evaluate.add_argument("--max-cost-usd", type=float, metavar="USD", help="instead of the file's limit")
+    evaluate.add_argument("--keep-disagreeing", action="store_true", help="keep labels that disagree about a text")
+    evaluate.add_argument("--ignore-unknown", action="store_true", help="leave rows out whose tags the dataset has not")
+    evaluate.add_argument("--json", action="store_true", help="print all figures as the last line of stdout")
+    evaluate.add_argument("--html", metavar="FILE", type=Path, help="write them as a page, in one file")
+
+
+def _evaluate(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.evaluate import describe, evaluate
+    from tagger.evaluate_page import write_page
+
+    if (options.labels is None) == (not options.reviewed):
+        raise InputError("evaluate: expected either LABELS, a CSV or Parquet file, or `--reviewed`")
+    dataset = _dataset(options.dataset)
+    labels = _labels(options, dataset, connections)
+    if options.sample is not None:
+        labels = labels.sample(options.sample, options.seed)
+    figures = evaluate(
+        dataset,
+        labels,
+        connections,
+        name="reviewed rows" if options.reviewed else options.labels.name,
+        seed=options.seed,
+        max_cost_usd=options.max_cost_usd,
+    )
+    if options.html is not None:
+        write_page(options.html, figures)
+    print(figures.model_dump_json() if options.json else "\n".join(describe(figures)))
+
+
+def _labels(options: argparse.Namespace, dataset: Dataset, connections: Connections) -> Any:
+    from tagger.labels import labels_of_rows, read_labels
+
+    unknown, disagreeing = options.ignore_unknown, options.keep_disagreeing
+    if not options.reviewed:
+        return read_labels(options.labels, dataset, connections, ignore_unknown=unknown, keep_disagreeing=disagreeing)
+    from tagger.review import reviewed_labels
+
+    tags = reviewed_labels(dataset, connections)
+    return labels_of_rows(tags, dataset, connections, ignore_unknown=unknown, keep_disagreeing=disagreeing)
+
+
+def _count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not int(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of 1 or more")
+    return int(value)
+
+
+def _seed(value: str) -> int:
+    if not value.isascii() or not value.isdigit():
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of 0 or more")
+    return int(value)
 
 
 def _add_compare(add: Add) -> None:

@@ -126,6 +126,7 @@ def labels_of_rows(
     connections: Connections,
     *,
     ignore_unknown: bool = False,
+    keep_disagreeing: bool = False,
 ) -> Labels:
     """Return the labels of rows of the source, given their tags by row id.
 
@@ -133,7 +134,7 @@ def labels_of_rows(
         InputError: there are unknown tags, or no label that can be used.
     """
     rows = [_Row(name=str(row_id), tags=list(each), row_id=str(row_id)) for row_id, each in tags.items()]
-    return _checked(rows, "reviewed rows", dataset, connections, ignore_unknown, False)
+    return _checked(rows, "reviewed rows", dataset, connections, ignore_unknown, keep_disagreeing)
 
 
 def _checked(

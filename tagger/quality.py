@@ -64,6 +64,8 @@ class TagQuality(Scores):
     """Texts that should have it."""
     predicted: int
     """Texts that got it."""
+    right: int
+    """Texts that should have it, and got it."""
 
 
 class Confusion(Figures):
@@ -91,13 +93,15 @@ class Quality(Figures):
     gold_untagged: int
     """Texts that should have no tag."""
     predicted_untagged: int
+    """Texts that got none."""
+    both_untagged: int
     confusions: list[Confusion]
     """The most frequent first."""
 
 
 @dataclass(frozen=True)
 class PerText:
-    """A row for each text and a column for each tag, and an empty one: which it should have, which it got, which of both."""
+    """A row for each text, and a column for each tag and an empty one: which it should have, which it got, and both."""
 
     gold: Any
     predicted: Any
@@ -138,7 +142,7 @@ def measure(gold: Tags, predicted: Tags, tag_ids: Sequence[str], seed: int) -> Q
     each = precision_recall_fscore_support(texts.gold, texts.predicted, average=None, **figures)
     micro = precision_recall_fscore_support(texts.gold, texts.predicted, average="micro", **figures)
     macro = precision_recall_fscore_support(texts.gold, texts.predicted, average="macro", **figures)
-    given = np.asarray(texts.predicted.sum(axis=0)).ravel()
+    given, right = (np.asarray(each.sum(axis=0)).ravel() for each in (texts.predicted, texts.right))
     support = {tag: int(count) for tag, count in zip(tag_ids, each[3], strict=False)}
     untagged = sum(not tags for tags in gold)
     tags = [
@@ -146,6 +150,7 @@ def measure(gold: Tags, predicted: Tags, tag_ids: Sequence[str], seed: int) -> Q
             tag=tag,
             support=support[tag],
             predicted=int(given[i]),
+            right=int(right[i]),
             precision=interval(each[0][i], drawn.precision[:, i]),
             recall=interval(each[1][i], drawn.recall[:, i]),
             f1=interval(each[2][i], drawn.f1[:, i]),
@@ -166,9 +171,10 @@ def measure(gold: Tags, predicted: Tags, tag_ids: Sequence[str], seed: int) -> Q
             f1=interval(macro[2], drawn.macro_f1),
         ),
         exact_match=interval(accuracy_score(texts.gold, texts.predicted), drawn.exact_match),
-        unseen=[each.tag for each in tags if not each.support and not each.predicted],
+        unseen=[tag.tag for tag in tags if not tag.support and not tag.predicted],
         gold_untagged=untagged,
         predicted_untagged=sum(not each for each in predicted),
+        both_untagged=sum(not g and not p for g, p in zip(gold, predicted, strict=True)),
         confusions=_confusions(gold, predicted, {**support, NO_TAG: untagged}),
     )
 

@@ -59,7 +59,15 @@ def write_html(file: Path, data: Data, static: Path = STATIC) -> None:
     Raises:
         InputError: it cannot be written there.
     """
-    page = html(data, static)
+    write_whole(file, html(data, static))
+
+
+def write_whole(file: Path, page: str) -> None:
+    """Write a page that `--html` asks for; the file appears whole, or stays as it was.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
     file = file.resolve()
     part = file.with_name(f".{secrets.token_hex(8)}.part")
     try:
