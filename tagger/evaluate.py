@@ -101,7 +101,12 @@ def evaluate(
         LLMStopped: the endpoint refuses every call.
     """
     trial = run_trial(
-        dataset, [label.text for label in labels.labels], connections, name="evaluate", max_cost_usd=max_cost_usd
+        dataset,
+        [label.text for label in labels.labels],
+        connections,
+        name="evaluate",
+        row_ids=[label.row for label in labels.labels],
+        max_cost_usd=max_cost_usd,
     )
     answers = [_answer(dataset, each, record) for each, record in zip(labels.labels, trial.records, strict=True)]
     answered = [(label, a) for label, a in zip(labels.labels, answers, strict=True) if a is not None]

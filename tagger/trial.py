@@ -61,11 +61,15 @@ def run_trial(
     connections: Connections,
     *,
     name: str,
+    row_ids: Sequence[str] | None = None,
     max_cost_usd: float | None = None,
+    dry_run: bool = False,
 ) -> Trial:
     """Ask for the tags of texts, those that the cache has aside. What that will cost is logged before.
 
-    `name` says what the trial is for, and stands in its run id. `max_cost_usd` is instead of the dataset's limit.
+    `name` says what the trial is for, and stands in its run id. `row_ids` is what the log calls the texts, by default
+    their numbers from 0. `max_cost_usd` is instead of the dataset's limit.
+    With `dry_run` nothing is asked: the trial has the plan, and the records of the cache.
 
     Raises:
         InputError: something is not there, or a limit is set and the price is not known.
@@ -73,7 +77,7 @@ def run_trial(
         LLMStopped: the endpoint refuses every call.
     """
     dataset = dataset.model_copy(update={"llm": dataset.llm.model_copy(update={"mode": "online"})})
-    options = run_options(max_cost_usd=max_cost_usd)
+    options = run_options(max_cost_usd=max_cost_usd, dry_run=dry_run)
     if max_cost_usd is not None:
         limits = dataset.limits.model_copy(update={"max_cost_usd": max_cost_usd})
         dataset = dataset.model_copy(update={"limits": limits})
@@ -81,12 +85,12 @@ def run_trial(
     run = open_run(dataset, run_id, connections)
     run.storage.check()
     run.freeze(dataset)
-    with _texts_in_storage(run, texts) as rows_file:
+    with _texts_in_storage(run, row_ids or list(map(str, range(len(texts)))), texts) as rows_file:
         now = utc_now()
         taken = Snapshot(
             rows_file=rows_file,
             rows=len(texts),
-            id_type="integer",
+            id_type="text",
             selection=Selection(rows="all", unfinished=False),
             options=options,
             is_trial=True,
@@ -114,15 +118,15 @@ def run_trial(
 
 
 @contextmanager
-def _texts_in_storage(run: Run, texts: Sequence[str]) -> Iterator[str]:
-    """Write the texts as a snapshot's rows, numbered from 0, and delete all that holds texts in the end."""
+def _texts_in_storage(run: Run, row_ids: Sequence[str], texts: Sequence[str]) -> Iterator[str]:
+    """Write the texts as a snapshot's rows, and delete all that holds texts in the end."""
     rows_file = f"{run.texts}rows.parquet"
-    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
     try:
         with writing_parquet(run.storage, rows_file, schema) as parquet:
             for start in range(0, len(texts), TEXTS_A_WRITE):
-                part = texts[start : start + TEXTS_A_WRITE]
-                parquet.write({"id": range(start, start + len(part)), "text": part})
+                part = slice(start, start + TEXTS_A_WRITE)
+                parquet.write({"id": row_ids[part], "text": texts[part]})
         yield rows_file
     finally:
         for path in [path for path, _ in run.storage.list(run.texts)]:
