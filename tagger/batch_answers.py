@@ -17,7 +17,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.ledger import Ledger
 from tagger.llm import message_of, no_llm, paren, refusal_of, usage_of
-from tagger.prompt import BadAnswer, read_answer
+from tagger.prompt import BadAnswer, Choice, read_answer
 from tagger.runs import utc_now
 
 Fate = Literal["succeeded", "refused", "invalid", "errored", "expired"]
@@ -103,7 +103,7 @@ class Answers:
             return fate
         self._ledger.spend(line.key, row_id, Usage())
         if line.status is not None and (reason := refusal_of(line.status, line.words)) is not None:
-            self._write(line.key, [], reason, self._dataset.llm.model, "error")
+            self._write(line.key, Choice([]), reason, self._dataset.llm.model, "error")
             return "refused"
         what = f"HTTP {line.status}" if line.status else "an error"
         self._ledger.failed(line.key, row_id, "batch_error", f"{what}{paren(line.code)} in the batch")
@@ -115,22 +115,23 @@ class Answers:
         self._ledger.spend(key, self._texts[key].row_id, usage_of(completion))
         try:
             message = message_of(self._dataset, completion)
-            tags = [] if message.reason else read_answer(self._dataset, message.content)
+            choice = Choice([]) if message.reason else read_answer(self._dataset, message.content)
         except BadAnswer as e:
             self._ledger.failed(key, self._texts[key].row_id, "bad_answer", e.args[0])
             return "invalid"
         if message.reason == "length" and self._dataset.llm.batch_fallback:  # which has tries left
             self._ledger.failed(key, self._texts[key].row_id, "length", "the answer was cut off")
             return "invalid"
-        self._write(key, tags, message.reason, message.model, message.finish_reason)
+        self._write(key, choice, message.reason, message.model, message.finish_reason)
         return "refused" if message.reason else "succeeded"
 
-    def _write(self, key: str, tags: list[str], reason: str | None, model: str, finish_reason: str) -> None:
+    def _write(self, key: str, choice: Choice, reason: str | None, model: str, finish_reason: str) -> None:
         text, (usage, cost) = self._texts[key], self._ledger.spent_on(key)
         record = Record(
             status="refused" if reason else "tagged",
             reason=reason,
-            tags=tags,
+            tags=choice.tags,
+            confidence=choice.confidence,
             model=model,
             usage=usage,
             cost_usd=cost,

@@ -29,6 +29,8 @@ PARTS = {
     "model": "the model",
     "max_tags": "`max_tags`",
     "allow_none": "`allow_none`",
+    "examples": "the examples",
+    "confidence": "`confidence`",
     "revision": "`revision`",
     "params": "`llm.params`",
 }
@@ -205,7 +207,7 @@ def spec_change(older: OlderSpec, before: Dataset | None, now: Dataset) -> str:
     if before is None:
         return "the prompt, the tags or the model changed"
     old, new = spec_of(before), spec_of(now)
-    changed = [name for part, name in PARTS.items() if old[part] != new[part]]
+    changed = [name for part, name in PARTS.items() if old.get(part) != new.get(part)]
     if spec_id(before) != older.spec:  # as this version of tagger has it
         changed.append("the instructions of tagger")
     return f"{' and '.join(changed)} changed"

@@ -184,7 +184,10 @@ class Tag(Model):
 
 
 class Example(Model):
-    """A text and the tags that it should get, shown to the LLM. It stands in each run's `dataset.json`: a made-up one."""
+    """A text and the tags that it should get, shown to the LLM.
+
+    It stands in each run's `dataset.json`: better one that is made up than a row of the table.
+    """
 
     text: str = Field(repr=False)
     tags: list[str]

@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         ("output_tokens", pa.int64()),
         ("cost_usd", pa.float64()),
         ("answered_at", _TIME),
+        ("confidence", pa.list_(pa.float64())),  # not in files of before it was asked for
     ]
 )
 
@@ -71,6 +72,7 @@ class Outcome:
     output_tokens: int = 0
     cost_usd: float | None = 0.0
     answered_at: datetime | None = None
+    confidence: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Attempt:
     def outcomes(self) -> Iterator[Outcome]:
         """Yield the rows, one after the other."""
         for batch in self.file.iter_batches(batch_size=5000):
-            others = (column.to_pylist() for column in batch.columns[:-1])
-            for row in zip(*others, _instants(batch.column("answered_at")), strict=True):
+            columns = zip(batch.schema.names, batch.columns, strict=True)
+            values = (_instants(of) if name == "answered_at" else of.to_pylist() for name, of in columns)
+            for row in zip(*values, strict=True):
                 yield Outcome(*row)
 
     @property
@@ -203,6 +206,7 @@ class Ledger:
         with self._lock:
             outcome = self._outcome(key, row_id)
             outcome.status, outcome.kind, outcome.tags = record.status, record.reason, list(record.tags)
+            outcome.confidence = None if record.confidence is None else list(record.confidence)
             outcome.model, outcome.answered_at = record.model, record.created_at
             self._end(outcome)
 
@@ -283,7 +287,7 @@ def _read(run: Run, path: str) -> Attempt:
     body = run.storage.get(path) or b""
     try:
         file = pq.ParquetFile(pa.BufferReader(body))
-        if file.schema_arrow.names != SCHEMA.names:
+        if file.schema_arrow.names not in (SCHEMA.names, SCHEMA.names[:-1]):
             raise ValueError("other columns")
         for _ in file.iter_batches(batch_size=5000):  # so that damage shows here
             pass
@@ -320,6 +324,7 @@ class Latest(NamedTuple):
     kind: str | None
     error: str | None
     answered_at: datetime | None
+    confidence: tuple[float, ...] | None = None
 
 
 _RANK = {"tagged": 3, "refused": 3, "failed": 2, "asked": 1}
@@ -334,7 +339,9 @@ def latest_outcomes(attempts: Iterable[Attempt]) -> dict[str, Latest]:
             earlier = latest.get(outcome.key)
             if earlier is None or _RANK[outcome.status] >= _RANK[earlier.status]:
                 tags = None if outcome.tags is None else tuple(outcome.tags)
+                sure = None if outcome.confidence is None else tuple(outcome.confidence)
                 few = (outcome.status, tags, outcome.model, outcome.kind, outcome.error)
                 shared = (known.setdefault(value, value) for value in few)
-                latest[outcome.key] = Latest._make((outcome.row_id, *shared, outcome.answered_at))
+                values = (outcome.row_id, *shared, outcome.answered_at, known.setdefault(sure, sure))
+                latest[outcome.key] = Latest._make(values)
     return latest

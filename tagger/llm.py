@@ -19,7 +19,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
-from tagger.prompt import BadAnswer, messages, messages_together, read_answer, read_answers
+from tagger.prompt import BadAnswer, Choice, messages, messages_together, read_answer, read_answers
 from tagger.request import request_options
 from tagger.throttle import GIVE_UP_SECONDS, Throttle
 
@@ -53,6 +53,7 @@ class Answer:
     model: str
     finish_reason: str
     asked: Literal["online", "together"] = "online"
+    confidence: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Client:
         for ask in range(1, ASKS + 1):
             try:
                 message = self._message(self._complete(question))
-                tags = [] if message.reason else read_answer(self._dataset, message.content)
+                choice = Choice([]) if message.reason else read_answer(self._dataset, message.content)
             except _Refusal as e:
                 return Answer([], e.args[0], self._dataset.llm.model, "error")
             except BadAnswer as e:
@@ -143,7 +144,8 @@ class Client:
                     raise TextFailed("bad_answer", f"{e.args[0]} (asked {ASKS} times)") from None
                 continue
             if message.reason != "length" or ask == ASKS:
-                return Answer(tags, message.reason, message.model, message.finish_reason)
+                model, finish = message.model, message.finish_reason
+                return Answer(choice.tags, message.reason, model, finish, confidence=choice.confidence)
         raise AssertionError
 
     def ask_together(self, texts: Mapping[str, str], spend: Callable[[Usage], None]) -> dict[str, Answer]:
@@ -160,7 +162,7 @@ class Client:
         question = _Question(messages_together(self._dataset, texts), self._options_together, len(texts), spend)
         try:
             message = self._message(self._complete(question))
-            tags = {} if message.reason else read_answers(self._dataset, message.content, texts)
+            choices = {} if message.reason else read_answers(self._dataset, message.content, texts)
         except (_Refusal, BadAnswer):
             return {}
         except TextFailed as e:
@@ -168,8 +170,8 @@ class Client:
                 return {}
             raise
         return {
-            key: Answer(of_text, None, message.model, message.finish_reason, "together")
-            for key, of_text in tags.items()
+            key: Answer(choice.tags, None, message.model, message.finish_reason, "together", choice.confidence)
+            for key, choice in choices.items()
         }
 
     def _message(self, completion: ChatCompletion) -> Message:

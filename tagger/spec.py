@@ -37,9 +37,12 @@ PARAMS_WITHOUT_EFFECT = frozenset(
 
 
 def spec_of(dataset: Dataset) -> dict[str, Any]:
-    """Return everything that decides a result, as plain JSON values."""
+    """Return everything that decides a result, as plain JSON values.
+
+    `examples` and `confidence` are in it only where the dataset has them: what was tagged without keeps its id.
+    """
     params = {k: v for k, v in dataset.llm.params.items() if k not in PARAMS_WITHOUT_EFFECT}
-    return {
+    spec: dict[str, Any] = {
         "allow_none": dataset.allow_none,
         "instructions": INSTRUCTIONS_VERSION,
         "max_tags": dataset.max_tags,
@@ -51,6 +54,11 @@ def spec_of(dataset: Dataset) -> dict[str, Any]:
         "revision": dataset.revision,
         "tags": [{"description": tag.description.strip(), "id": tag.id} for tag in dataset.tags],
     }
+    if dataset.examples:
+        spec["examples"] = [{"tags": example.tags, "text": example.text.strip()} for example in dataset.examples]
+    if dataset.confidence:
+        spec["confidence"] = True
+    return spec
 
 
 def spec_id(dataset: Dataset) -> str:

@@ -140,6 +140,7 @@ class ShardAsker:
             status="refused" if answer.reason else "tagged",
             reason=answer.reason,
             tags=answer.tags,
+            confidence=answer.confidence,
             model=answer.model,
             usage=usage,
             cost_usd=cost,

@@ -571,6 +571,7 @@ def test_a_file_has_no_column_for_a_text(run: Run) -> None:
         "output_tokens",
         "cost_usd",
         "answered_at",
+        "confidence",
     ]
 
 
@@ -664,8 +665,36 @@ def test_the_latest_outcome_has_what_its_row_has() -> None:
         "kind": None,
         "error": None,
         "answered_at": NOW,
+        "confidence": None,
     }
     assert (latest[key(2)].kind, latest[key(2)].error, latest[key(2)].tags) == ("timeout", "no answer in time", None)
+
+
+def test_what_the_llm_says_it_is_sure_of_is_kept_in_the_file_and_in_the_latest_outcome(run: Run) -> None:
+    with ledger(run) as books:
+        books.record(key(1), "7", record().model_copy(update={"tags": ["fruit"], "confidence": [0.75]}))
+        books.record(key(2), "8", record().model_copy(update={"tags": [], "confidence": []}))
+        books.record(key(3), "9", record())
+
+    latest = latest_outcomes(read_attempts(run))
+
+    assert [latest[key(number)].confidence for number in (1, 2, 3)] == [(0.75,), (), None]
+
+
+def test_a_file_of_before_there_was_confidence_is_read(run: Run) -> None:
+    with ledger(run) as books:
+        books.record(key(1), "7", record().model_copy(update={"confidence": [0.75, 0.5]}))
+    [(_, path)] = attempt_files(run)
+    table = pq.read_table(io.BytesIO(run.storage.get(path) or b""))
+    body = io.BytesIO()
+    pq.write_table(table.drop_columns(["confidence"]), body)
+    run.storage.put(path, body.getvalue())
+
+    [attempt] = read_attempts(run)
+
+    [outcome] = attempt.outcomes
+    assert (outcome.row_id, outcome.status, outcome.confidence) == ("7", "tagged", None)
+    assert latest_outcomes([attempt])[key(1)].confidence is None
 
 
 def test_many_outcomes_are_read_in_parts_and_in_order(run: Run) -> None:

@@ -16,6 +16,7 @@ from tagger.dataset_files import parse_dataset
 from tagger.llm import Client
 from tagger.prompt import (
     BadAnswer,
+    Choice,
     instructions,
     messages,
     messages_together,
@@ -296,7 +297,7 @@ def ask(llm: StandIn, text: str) -> list[str]:
     ],
 )
 def test_a_good_answer_gives_its_tags_in_its_order(content: str, tags: list[str]) -> None:
-    assert read_answer(DATASET, content) == tags
+    assert read_answer(DATASET, content) == Choice(tags)
 
 
 BAD_ANSWERS = {
@@ -365,13 +366,17 @@ def entries(**tags: Any) -> str:
 def test_the_answers_to_several_texts_are_found_by_their_ids() -> None:
     content = entries(n2=["animal"], n1=["fruit", "weather"], n3=[])
 
-    assert read_answers(DATASET, content, ["a", "b", "c"]) == {"a": ["fruit", "weather"], "b": ["animal"], "c": []}
+    assert read_answers(DATASET, content, ["a", "b", "c"]) == {
+        "a": Choice(["fruit", "weather"]),
+        "b": Choice(["animal"]),
+        "c": Choice([]),
+    }
 
 
 def test_what_breaks_a_rule_for_one_text_leaves_the_others() -> None:
     content = entries(n1=["fruit"], n2=["vegetable"], n3=["animal", "fruit", "weather"], n5=["fruit"])
 
-    assert read_answers(DATASET, content, ["a", "b", "c", "d"]) == {"a": ["fruit"]}
+    assert read_answers(DATASET, content, ["a", "b", "c", "d"]) == {"a": Choice(["fruit"])}
 
 
 @pytest.mark.parametrize("content", BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
@@ -396,10 +401,11 @@ near_misses = st.lists(st.sampled_from([*DATASET.tag_ids, "vegetable"]), max_siz
 @given(st.text() | json_values.map(json.dumps) | near_misses)
 def test_whatever_comes_back_is_tags_of_the_dataset_or_a_bad_answer(content: str) -> None:
     try:
-        tags = read_answer(DATASET, content)
+        tags, confidence = read_answer(DATASET, content)
     except BadAnswer:
         return
 
+    assert confidence is None
     assert isinstance(tags, list)
     assert set(tags) <= set(DATASET.tag_ids)
     assert len(tags) == len(set(tags)) <= DATASET.max_tags
@@ -431,7 +437,8 @@ def test_whatever_comes_back_for_several_texts_is_taken_for_the_text_it_names_al
         named = [e for e in given_entries if isinstance(e, dict) and isinstance(e.get("id"), str | int)]
         if key in found:
             [entry] = [each for each in named if str(each["id"]) == str(number)]
-            assert found[key] == entry["tags"]
-            assert set(found[key]) <= set(DATASET.tag_ids)
-            assert len(found[key]) == len(set(found[key])) <= DATASET.max_tags
+            tags = found[key].tags
+            assert found[key] == Choice(entry["tags"])
+            assert set(tags) <= set(DATASET.tag_ids)
+            assert len(tags) == len(set(tags)) <= DATASET.max_tags
     assert set(found) <= set("abc")

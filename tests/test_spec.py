@@ -66,6 +66,33 @@ def test_spec_id_is_pinned() -> None:
     assert spec_id(dataset()) == sha256(CANONICAL)[:12] == "93170b27f007"
 
 
+EXAMPLES = {"examples": [{"text": " An apple. 林檎\n", "tags": ["fruit"]}, {"text": 'a "rock"', "tags": []}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "added", "pinned"),
+    [
+        (
+            EXAMPLES,
+            '"examples":[{"tags":["fruit"],"text":"An apple. 林檎"},{"tags":[],"text":"a \\"rock\\""}],',
+            "3a4f7c578d42",
+        ),
+        ({"confidence": True}, '"confidence":true,', "a7d927fe9b97"),
+        (
+            {"confidence": True, "examples": [{"text": "An apple.", "tags": ["fruit"]}]},
+            '"confidence":true,"examples":[{"tags":["fruit"],"text":"An apple."}],',
+            "62a187d66c26",
+        ),
+        ({"confidence": True, "review_below": 0.5}, '"confidence":true,', "a7d927fe9b97"),
+    ],
+    ids=["examples", "confidence", "both", "review_below is not in it"],
+)
+def test_spec_with_examples_or_confidence_is_pinned(changes: dict[str, Any], added: str, pinned: str) -> None:
+    canonical = CANONICAL.replace('"instructions"', f'{added}"instructions"')
+
+    assert spec_id(dataset(changes)) == sha256(canonical)[:12] == pinned
+
+
 GOLDEN: list[tuple[str, str, str]] = [
     # text, its normal form, its key under the spec id 0123456789ab
     ("apple", "apple", "478cd7855813ed94a5483a59a932707a"),
@@ -117,6 +144,15 @@ NEW_SPEC: dict[str, dict[str, Any]] = {
     "max_completion_tokens": {"llm": {"params": {"max_completion_tokens": 100}}},
     "response_format": {"llm": {"params": {"response_format": {"type": "json_object"}}}},
     "extra_body": {"llm": {"params": {"extra_body": {"top_k": 1}}}},
+    "an example": {"examples": [{"text": "An apple.", "tags": ["fruit"]}]},
+    "an example's text": {"examples": [{"text": "Two apples.", "tags": ["fruit"]}]},
+    "an example's tags": {"examples": [{"text": "An apple.", "tags": ["fruit", "animal"]}]},
+    "the order of an example's tags": {"examples": [{"text": "An apple.", "tags": ["animal", "fruit"]}]},
+    "an example without a tag": {"examples": [{"text": "An apple.", "tags": []}]},
+    "two examples": {"examples": [{"text": "Apple", "tags": ["fruit"]}, {"text": "Zebra", "tags": ["animal"]}]},
+    "two in another order": {"examples": [{"text": "Zebra", "tags": ["animal"]}, {"text": "Apple", "tags": ["fruit"]}]},
+    "an example in other characters": {"examples": [{"text": "Ａｐｐｌｅ", "tags": ["fruit"]}]},
+    "confidence": {"confidence": True},
 }
 
 SAME_SPEC: dict[str, dict[str, Any]] = {
@@ -138,7 +174,7 @@ SAME_SPEC: dict[str, dict[str, Any]] = {
     "shards": {"shards": {"texts_per_shard": 1, "max": 1}},
     "lock": {"lock": {"conn_id": "redis"}},
     "alerts": {"alerts": {"to": ["a@example.com"], "deadline": "2h"}},
-    "defaults written out": {"allow_none": True, "revision": 1},
+    "defaults written out": {"allow_none": True, "revision": 1, "examples": [], "confidence": False},
     "blanks around the prompt": {"prompt": "\n You tag short notes.\nメモに付ける。 \n\n"},
     "blanks around a description": {
         "tags": [{"id": "fruit", "description": " Apples; 果物\n"}, {"id": "animal", "description": "Zebras "}]
@@ -215,6 +251,37 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
+
+
+examples = st.lists(
+    st.fixed_dictionaries(
+        {
+            "text": st.text(min_size=1).filter(str.strip),
+            "tags": st.lists(st.sampled_from(["fruit", "animal"]), max_size=2, unique=True),
+        }
+    ),
+    max_size=3,
+)
+
+
+@given(examples, st.booleans())
+@settings(deadline=None)
+def test_a_frozen_dataset_has_the_spec_of_its_examples(shown: list[dict[str, Any]], confidence: bool) -> None:
+    before = dataset({"examples": shown, "confidence": confidence})
+    frozen = parse_dataset(json.loads(before.model_dump_json()), "dataset.json")
+
+    assert spec_id(frozen) == spec_id(before)
+
+
+@given(st.integers(0, 9), st.booleans(), st.integers(1, 5))
+@settings(deadline=None)
+def test_a_spec_without_examples_and_confidence_is_as_it_was_before_there_were_any(
+    revision: int, allow_none: bool, max_tags: int
+) -> None:
+    spec = spec_of(dataset({"revision": revision, "allow_none": allow_none, "max_tags": max_tags}))
+
+    before = json.loads(CANONICAL) | {"revision": revision, "allow_none": allow_none, "max_tags": max_tags}
+    assert spec == before
 
 
 @given(st.text(min_size=1), st.dictionaries(st.text("abc", min_size=1), plain, max_size=3))
