@@ -15,12 +15,19 @@ from demo.stand_in_http import Json, Reply
 
 MODEL = "offline-stand-in"
 
+NO_MEANING = 0.5
+"""What speaks against every tag: half a word."""
+
 Tags = tuple[tuple[str, str], ...]  # ids and descriptions
 
 _TEXT = re.compile(r'\A<text id="([0-9a-fA-F]+)">\n(.*)\n</text id="\1">\n?\Z', re.DOTALL)
 _PACKED = re.compile(r'<text id="\d+-([0-9a-f]{6})">\n(.*?)\n</text id="\d+-\1">', re.DOTALL)
 _TAG_LINE = re.compile(r"^- ([^\n]+?): (.*)$", re.MULTILINE)
+_EXAMPLE = re.compile(r'^".*$', re.MULTILINE)
 _AT_MOST = re.compile(r"\bat most (\d+) tag", re.IGNORECASE)
+
+_CONFIDENCE = '"confidence": 0'
+"""Stands in the form of an answer that is to have it."""
 
 # Latin words of four letters, runs of kanji, runs of katakana.
 _WORD = re.compile(
@@ -35,7 +42,10 @@ _STOP_WORDS = frozenset(_COMMON.split())
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a request asks about one text: the tags to choose from and how many. In a packed request `key` is empty."""
+    """What a request asks about one text: the tags to choose from, how many, and whether with a confidence for each.
+
+    In a packed request `key` is empty.
+    """
 
     key: str
     text: str
@@ -43,6 +53,7 @@ class Question:
     tags: Tags
     at_least: int
     at_most: int
+    confidence: bool
 
 
 def token_usage(prompt: int, answer: int, cached: int = 0) -> Json:
@@ -84,13 +95,19 @@ def read_questions(request: Json) -> list[Question]:
     if (first["role"], last["role"]) != ("system", "user") or not request["model"] or request.get("stream"):
         raise ValueError("roles, model or stream")
     texts = _TEXT.findall(last["content"]) or [("", text) for text in _unpack(last["content"])]
-    tags = {"items": {}} if wanted["type"] == "json_object" else _tags(wanted["json_schema"]["schema"], texts[0][0])
-    described: dict[str, str] = dict(_TAG_LINE.findall(first["content"]))
-    chosen = tuple((each, described[each]) for each in tags["items"].get("enum", described))
+    rules = _EXAMPLE.sub("", first["content"])  # what an example says is no rule
+    if wanted["type"] == "json_object":
+        tags, item, confidence = {}, {}, _CONFIDENCE in rules
+    else:
+        tags = _tags(wanted["json_schema"]["schema"], texts[0][0])
+        item, confidence = tags["items"], "properties" in tags["items"]
+        item = item["properties"]["tag"] if confidence else item
+    described: dict[str, str] = dict(_TAG_LINE.findall(rules))
+    chosen = tuple((each, described[each]) for each in item.get("enum", described))
     if not chosen:
         raise ValueError("no tags")
-    at_least, at_most = int(tags.get("minItems", 0)), min(map(int, _AT_MOST.findall(first["content"])))
-    return [Question(key, text, first["content"], chosen, at_least, at_most) for key, text in texts]
+    at_least, at_most = int(tags.get("minItems", 0)), min(map(int, _AT_MOST.findall(rules)))
+    return [Question(key, text, first["content"], chosen, at_least, at_most, confidence) for key, text in texts]
 
 
 def _unpack(content: str) -> list[str]:
@@ -117,13 +134,38 @@ def prompt_tokens(request: Json, questions: Sequence[Question]) -> int:
 def answer(questions: Sequence[Question]) -> str:
     """Return the content of the answer, with the tags of each text."""
     if questions[0].key:
-        return json.dumps({"tags": choose_tags(questions[0])}, ensure_ascii=False)
-    answers = [{"id": str(number), "tags": choose_tags(each)} for number, each in enumerate(questions, 1)]
+        return json.dumps({"tags": _tags_asked_for(questions[0])}, ensure_ascii=False)
+    answers = [{"id": str(number), "tags": _tags_asked_for(each)} for number, each in enumerate(questions, 1)]
     return json.dumps({"answers": answers}, ensure_ascii=False)
+
+
+def _tags_asked_for(question: Question) -> list[Any]:
+    """Return the tags in the form that is asked for."""
+    if not question.confidence:
+        return choose_tags(question)
+    scores = _scores(question)
+    return [{"tag": tag, "confidence": _confidence(tag, scores)} for tag in _best(scores, question)]
 
 
 def choose_tags(question: Question) -> list[str]:
     """Return the tags whose descriptions share words with the text, best first; ties in tag order."""
+    return _best(_scores(question), question)
+
+
+def _best(scores: dict[str, float], question: Question) -> list[str]:
+    matching = sum(score > 0 for score in scores.values())
+    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
+    return ranked[: min(max(matching, question.at_least), question.at_most)]
+
+
+def _confidence(tag: str, scores: dict[str, float]) -> float:
+    """Return a tag's part of what speaks for it, for the best of the others, and for that the words mean nothing."""
+    rival = max((score for other, score in scores.items() if other != tag), default=0.0)
+    return round(scores[tag] / (scores[tag] + rival + NO_MEANING), 2)
+
+
+def _scores(question: Question) -> dict[str, float]:
+    """Return how much each tag's description shares with the text."""
     text = _plain(question.text)
     words = Counter(map(_stem, _WORD.findall(text)))
     scores: dict[str, float] = {}
@@ -131,9 +173,7 @@ def choose_tags(question: Question) -> list[str]:
         counts = {word: words[word] if word.isascii() else text.count(word) for word in weights}
         # A word counts three times at most, so that one frequent word does not beat several that fit.
         scores[tag] = sum(weight * min(counts[word], 3) for word, weight in weights.items())
-    matching = sum(score > 0 for score in scores.values())
-    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-    return ranked[: min(max(matching, question.at_least), question.at_most)]
+    return scores
 
 
 @lru_cache(maxsize=64)

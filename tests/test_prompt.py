@@ -70,6 +70,57 @@ def test_the_fixed_part_is_this_to_the_last_byte(together: bool, end: str) -> No
     assert instructions(DATASET, together=together) == BEGINNING + end
 
 
+SHOWN = dataset(
+    examples=[
+        {"text": " An apple\n- weather: x\n", "tags": ["fruit"]},
+        {"text": '林檎 "]} \\', "tags": ["fruit", "animal"]},
+        {"text": "a rock", "tags": []},
+    ]
+)
+SURE = dataset(confidence=True)
+
+
+EXAMPLES = r"""
+Examples, each a text and its tags:
+"An apple\n- weather: x" → ["fruit"]
+"林檎 \"]} \\" → ["fruit", "animal"]
+"a rock" → []
+
+"""
+CONFIDENCE = """
+`confidence` is a number from 0 to 1: how sure you are that a careful reader would give the text this tag. \
+Of the tags that you give 0.7, about 7 in 10 should prove right."""
+
+
+@pytest.mark.parametrize(("together", "end"), [(False, ALONE), (True, TOGETHER)], ids=["alone", "together"])
+def test_examples_stand_between_the_rules_and_the_form_of_the_answer(together: bool, end: str) -> None:
+    assert instructions(SHOWN, together=together) == BEGINNING + EXAMPLES + end
+
+
+@pytest.mark.parametrize(("together", "end"), [(False, ALONE), (True, TOGETHER)], ids=["alone", "together"])
+def test_with_confidence_the_form_has_it_and_says_what_it_is(together: bool, end: str) -> None:
+    form, what_follows = end.replace('["..."]', '[{"tag": "...", "confidence": 0.0}]').split("\n\n", 1)
+
+    assert instructions(SURE, together=together) == f"{BEGINNING}{form}{CONFIDENCE}\n\n{what_follows}"
+
+
+example_texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(example_texts, st.lists(st.sampled_from(DATASET.tag_ids), max_size=2, unique=True))))
+def test_any_example_can_be_read_back_from_its_line(shown: list[tuple[str, list[str]]]) -> None:
+    fixed = instructions(dataset(examples=[{"text": text, "tags": tags} for text, tags in shown]))
+
+    rest = fixed.removeprefix(BEGINNING).removesuffix(ALONE)
+    lines = rest.removeprefix("\nExamples, each a text and its tags:\n").split("\n")[: len(shown)]
+    read = []
+    for line in lines:
+        text, end = json.JSONDecoder().raw_decode(line)
+        read.append((text, json.loads(line[end:].removeprefix(" → "))))
+    assert read == [(text.strip(), tags) for text, tags in shown]
+    assert len(fixed.split("\n")) == len((BEGINNING + ALONE).split("\n")) + (len(shown) + 3 if shown else 0)
+
+
 def test_everything_but_the_last_message_is_the_same_for_all_texts() -> None:
     one, other = messages(DATASET, KEY, "apple"), messages(DATASET, OTHER_KEY, "a zebra\nin the rain")
 
@@ -165,6 +216,25 @@ def test_the_schema_is_strict_and_its_enum_is_the_tag_ids() -> None:
     }
     assert schema["required"] == list(schema["properties"]) == ["tags"]
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_with_confidence_the_schema_has_a_number_for_each_tag(together: bool) -> None:
+    schema = response_format(SURE, together=together)["json_schema"]["schema"]
+
+    of_text = schema["properties"]["answers"]["items"] if together else schema
+    assert of_text["properties"]["tags"] == {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "tag": {"type": "string", "enum": ["fruit", "animal", "weather"]},
+                "confidence": {"type": "number"},
+            },
+            "required": ["tag", "confidence"],
+            "additionalProperties": False,
+        },
+    }
 
 
 def test_the_request_for_one_text_is_this_to_the_last_byte() -> None:
@@ -348,6 +418,67 @@ def test_a_bad_answer_is_named_so(content: str | None) -> None:
 def test_an_empty_answer_is_bad_where_a_tag_is_required() -> None:
     with pytest.raises(BadAnswer, match="one is required"):
         read_answer(dataset(allow_none=False), '{"tags": []}')
+
+
+def sure(*given: Any) -> str:
+    return json.dumps({"tags": [{"tag": tag, "confidence": value} for tag, value in given]})
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, 0.5, 1e-300])
+def test_confidence_is_a_number_from_0_to_1(value: float) -> None:
+    assert read_answer(SURE, sure(("fruit", value))) == Choice(["fruit"], [value])
+
+
+@pytest.mark.parametrize(
+    "value", [True, False, None, "0.9", [0.9], {}, -0.1, 1.1, 90, 10**400, float("nan"), float("inf"), -float("inf")]
+)
+def test_any_other_confidence_is_a_bad_answer(value: object) -> None:
+    with pytest.raises(BadAnswer, match="no number from 0 to 1"):
+        read_answer(SURE, sure(("animal", 0.9), ("fruit", value)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"tags": ["fruit"]}',
+        '{"tags": [["fruit", 0.9]]}',
+        '{"tags": [{"tag": "fruit"}]}',
+        '{"tags": [{"confidence": 0.9}]}',
+        '{"tags": [{"tag": ["fruit"], "confidence": 0.9}]}',
+        '{"tags": {"fruit": 0.9}}',
+        '{"tags": ["fruit"], "confidence": [0.9]}',
+        sure(("vegetable", 0.9)),
+        sure(("fruit", 0.9), ("fruit", 0.8)),
+        sure(("fruit", 0.9), ("animal", 0.8), ("weather", 0.7)),
+    ],
+)
+def test_tags_without_confidence_or_against_the_rules_are_a_bad_answer_where_it_is_asked(content: str) -> None:
+    with pytest.raises(BadAnswer):
+        read_answer(SURE, content)
+
+
+def test_confidence_that_nobody_asked_for_is_a_bad_answer() -> None:
+    with pytest.raises(BadAnswer):
+        read_answer(DATASET, sure(("fruit", 0.9)))
+
+
+def test_an_answer_without_a_tag_has_no_confidence() -> None:
+    assert read_answer(SURE, '{"tags": []}') == Choice([], [])
+
+
+sure_tags = st.lists(
+    st.tuples(st.sampled_from(DATASET.tag_ids), st.floats(0, 1)), max_size=2, unique_by=lambda each: each[0]
+)
+
+
+@given(st.lists(sure_tags, min_size=1, max_size=5))
+def test_tags_and_confidence_come_back_as_they_were_given(answers: list[list[tuple[str, float]]]) -> None:
+    entries = [{"id": str(n), **json.loads(sure(*given))} for n, given in enumerate(answers, 1)]
+    keys = [f"key{n}" for n in range(len(answers))]
+
+    wanted = [Choice([tag for tag, _ in given], [value for _, value in given]) for given in answers]
+    assert read_answer(SURE, sure(*answers[0])) == wanted[0]
+    assert read_answers(SURE, json.dumps({"answers": entries}), keys) == dict(zip(keys, wanted, strict=True))
 
 
 def test_the_reason_does_not_quote_the_answer() -> None:

@@ -449,3 +449,45 @@ def post(llm: StandIn, request: Any) -> tuple[int, Any]:
     status, answer = response.status, json.load(response)
     connection.close()
     return status, answer
+
+
+def with_confidence(request: Any) -> Any:
+    """Return a request that asks for tags with their confidence."""
+    tags = request["response_format"]["json_schema"]["schema"]["properties"]["tags"]
+    properties = {"tag": tags["items"], "confidence": {"type": "number"}}
+    tags["items"] = {"type": "object", "properties": properties}
+    return request
+
+
+def confidence_of(llm: StandIn, request: Any) -> dict[str, float]:
+    """Return the tags of a request's answer, in order, with their confidence."""
+    with client(llm) as sdk:
+        answer = sdk.chat.completions.create(**request)
+    return {each["tag"]: each["confidence"] for each in json.loads(answer.choices[0].message.content or "")["tags"]}
+
+
+def test_confidence(llm: StandIn) -> None:
+    """Asked for it, the stand-in is the surer of a tag the more words speak for it and the fewer for the others."""
+    alone = confidence_of(llm, with_confidence(body("the heart and its blood vessels")))
+    beside = confidence_of(llm, with_confidence(body("the heart and its blood vessels; a tumour")))
+    tie = confidence_of(llm, with_confidence(body("the heart; a tumour")))
+    assert list(beside) == ["cardiology", "oncology"]
+    assert 1 > alone["cardiology"] > beside["cardiology"] > tie["cardiology"] == tie["oncology"]
+    assert tie["oncology"] > beside["oncology"] > 0
+
+
+def test_confidence_without_schema(llm: StandIn) -> None:
+    """Without a schema it is the answer's form, in the system message, that tells."""
+    request = body("the heart", schema=False)
+    request["messages"][0]["content"] += '\n{"tags": [{"tag": "...", "confidence": 0.0}]}'
+    assert confidence_of(llm, request) == confidence_of(llm, with_confidence(body("the heart")))
+
+
+def test_examples_are_no_rules(llm: StandIn) -> None:
+    """What an example says is neither a tag nor a limit."""
+    request = body("vaccine, tumour, heart")
+    example = json.dumps('Choose at most 1 tag:\n- other: heart, vaccine. "confidence": 0')
+    request["messages"][0]["content"] += f'\n{example} → ["oncology"]\n'
+    assert tags_of(client(llm).chat.completions.create(**request)) == ["cardiology", "oncology", "infection"]
+    request["response_format"] = {"type": "json_object"}
+    assert tags_of(client(llm).chat.completions.create(**request)) == ["cardiology", "oncology", "infection"]
