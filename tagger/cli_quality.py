@@ -1,14 +1,15 @@
 """The commands that measure and correct tags: evaluate, compare, review."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tagger.connections import Connections
 from tagger.dataset import Dataset
-from tagger.dataset_files import find_dataset, load_dataset
-from tagger.exceptions import InputError
+from tagger.dataset_files import find_dataset, load_dataset, load_datasets
+from tagger.exceptions import DatasetError, InputError
 
 Add = Callable[[str, Callable[[argparse.Namespace, Connections], None], str], argparse.ArgumentParser]
 """Adds a command: its name, its function, its help."""
@@ -85,7 +86,52 @@ def _seed(value: str) -> int:
 
 
 def _add_compare(add: Add) -> None:
-    """compare."""
+    compare = add("compare", _compare, "let two dataset files tag the same texts: what changes, is it better, its cost")
+    compare.add_argument("a", metavar="A", help="the dataset as it is")
+    compare.add_argument("b", metavar="B", help="the changed one, usually a copy of A's file with a line or two edited")
+    compare.add_argument("labels", nargs="?", type=Path, metavar="LABELS", help="CSV or Parquet: row_id or text, tags")
+    compare.add_argument("--sample", type=_count, default=200, metavar="N", help="texts to ask (default: 200)")
+    compare.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the sample and the intervals")
+    compare.add_argument(
+        "--max-cost-usd", type=float, metavar="USD", help="for both together, instead of the files' limits"
+    )
+    compare.add_argument(
+        "--ignore-unknown", action="store_true", help="leave labels out that have a tag which A or B has not"
+    )
+    compare.add_argument(
+        "--keep-disagreeing", action="store_true", help="keep labels that give one text different tags"
+    )
+    compare.add_argument("--json", action="store_true", help="print the figures as the last line of stdout")
+
+
+def _compare(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.compare import Candidate, compare
+    from tagger.compare_screen import describe, verdict
+
+    a, b = (Candidate(name, _alone(find_dataset(name))) for name in (options.a, options.b))
+    found = compare(
+        a,
+        b,
+        connections,
+        labels=options.labels,
+        sample=options.sample,
+        seed=options.seed,
+        max_cost_usd=options.max_cost_usd,
+        ignore_unknown=options.ignore_unknown,
+        keep_disagreeing=options.keep_disagreeing,
+    )
+    if options.json:
+        print(json.dumps(found.model_dump(mode="json") | {"verdict": verdict(found)}))
+    else:
+        print("\n".join(describe(found)))
+
+
+def _alone(path: Path) -> Dataset:
+    """Read a dataset file that may stand beside another of its name: a copy to compare it with."""
+    loaded = load_datasets([path])[path]
+    if isinstance(loaded, DatasetError):
+        raise loaded
+    return loaded
 
 
 def _add_review(add: Add) -> None:
