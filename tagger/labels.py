@@ -49,7 +49,7 @@ class Labels:
     """The labels that can be used, and what became of the others."""
 
     labels: list[Label]
-    """Each text once, unless disagreeing ones are kept; in the order of the file."""
+    """Each text once, unless disagreeing ones are kept; in the order in which the texts first appear."""
     rows: int
     """All there were."""
     unknown_rows: int = 0
