@@ -355,8 +355,8 @@ class Dataset(Model):
     def _examples_are_answers(self) -> Self:
         for number, example in enumerate(self.examples):
             key, tags = f"examples[{number}].tags", example.tags
-            if unknown := sorted(set(tags) - set(self.tag_ids)):
-                raise ValueError(f"{key}: ids of `tags` (`{unknown[0]}` is none)")
+            if unknown := [place for place, tag in enumerate(tags, 1) if tag not in self.tag_ids]:
+                raise ValueError(f"{key}: ids of `tags` (number {unknown[0]} is none)")
             if len(set(tags)) < len(tags) or len(tags) > self.max_tags or (not tags and not self.allow_none):
                 least = "none" if self.allow_none else "one"
                 raise ValueError(f"{key}: from {least} to {self.max_tags} tags (`max_tags`, `allow_none`), each once")

@@ -25,6 +25,7 @@ from tagger.dataset import (
     Task,
     Tasks,
 )
+from tagger.example_files import FORM, ExampleFile, WrongExamples, read_examples
 from tagger.exceptions import DatasetError, InputError, Mistake
 
 
@@ -92,9 +93,36 @@ def load_datasets(paths: list[Path]) -> dict[Path, Dataset | DatasetError]:
 
 def _load(path: Path) -> Dataset | DatasetError:
     try:
-        return parse_dataset(read_yaml(path), str(path))
+        content = read_yaml(path)
+        if isinstance(content, dict) and isinstance(content.get("examples"), str):
+            return _with_example_file(content, path)
+        return parse_dataset(content, str(path))
     except DatasetError as e:
         return e
+
+
+def _with_example_file(content: dict[Any, Any], path: Path) -> Dataset:
+    """Return the dataset with the examples of the file that it names; every other mistake of its own is told too."""
+    try:
+        found = read_examples(content["examples"], path.parent)
+    except WrongExamples as e:
+        mistakes = [e.args[0]]
+        try:
+            parse_dataset({**content, "examples": []}, str(path))
+        except DatasetError as others:
+            mistakes += others.mistakes
+        raise DatasetError(str(path), mistakes) from None
+    try:
+        return parse_dataset({**content, "examples": found.examples}, str(path))
+    except DatasetError as e:
+        raise DatasetError(str(path), [_in_example_file(mistake, found) for mistake in e.mistakes]) from None
+
+
+def _in_example_file(mistake: Mistake, file: ExampleFile) -> Mistake:
+    in_list = re.fullmatch(r"examples\[(\d+)\](?:\.(\w+))?.*", mistake.key)
+    if in_list is None:
+        return mistake
+    return Mistake(file.where(int(in_list[1]), in_list[2] or ""), mistake.found, mistake.expected)
 
 
 def _taken_by_others(path: Path, dataset: Dataset, datasets: dict[Path, Dataset]) -> list[Mistake]:
@@ -127,7 +155,8 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, (dict, list, set)):
                 raise yaml.constructor.ConstructorError(None, None, "a key that is not a word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` twice", key_node.start_mark)
+                named = f" `{key}`" if re.fullmatch(r"[\w.-]+", str(key), re.ASCII) else ""  # others may be a text
+                raise yaml.constructor.ConstructorError(None, None, f"key{named} twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -180,6 +209,8 @@ def _mistake(error: Any) -> Mistake:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
         return Mistake(key, "nothing", "a value (the key is required)")
+    if location[:1] == ["examples"]:
+        return _mistake_in_examples(key, location, error)
     if kind == "extra_forbidden":
         return Mistake(key, "an unknown key", _known_keys(location))
     if kind == "value_error":
@@ -195,6 +226,22 @@ def _mistake(error: Any) -> Mistake:
         return Mistake(key, _show(value), f"text (in quotes, if it reads like another type){forms}")
     message = str(error["msg"]).removeprefix("Input should be ")
     return Mistake(key, _show(value), message[0].lower() + message[1:])
+
+
+def _mistake_in_examples(key: str, location: list[str | int], error: Any) -> Mistake:
+    """Return a mistake in the examples, without anything that may be a text: also a key may be one."""
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        where = "".join(f"[{part}]" for part in location[1:2])
+        return Mistake(f"examples{where}", "an unknown key", _known_keys(location))
+    expected = "a list of tag ids" if location[-1] == "tags" else _EXAMPLE_FORMS.get(len(location), "text")
+    if kind == "value_error":
+        expected = str(error["ctx"]["error"])
+    return Mistake(key, _kind(error["input"]), expected)
+
+
+_EXAMPLE_FORMS = {1: FORM, 2: "keys: tags, text"}
+"""What is expected of the list and of an entry."""
 
 
 def _at(content: Any, key: str) -> Any:
@@ -229,6 +276,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "tasks": Tasks,
     **dict.fromkeys(Tasks.model_fields, Task),
 }
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is, without the value."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "nothing" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def _show(value: Any) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
+import tempfile
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagger.dataset import LLM, AssetSchedule, Dataset, Limits, Price, Shards
-from tagger.dataset_files import dataset_files, find_dataset, load_dataset, parse_dataset, read_yaml
+from tagger.dataset_files import dataset_files, find_dataset, load_dataset, load_datasets, parse_dataset, read_yaml
 from tagger.exceptions import DatasetError, InputError
 from tests.project import merged
 
@@ -154,6 +157,9 @@ def test_full_example_has_the_values_it_states(tmp_path: Path) -> None:
         "tags": [{"id": "cardiology", "description": "Heart and blood vessels."}],
         "max_tags": 3,
         "allow_none": True,
+        "examples": [],
+        "confidence": False,
+        "review_below": None,
         "revision": 1,
         "lock": {"conn_id": "redis_default"},
         "limits": {
@@ -392,6 +398,12 @@ INVALID: list[tuple[dict[str, Any], str, str, str]] = [
     ({"shards": {"max": 0}}, "shards.max", "0", "greater than or equal to 1"),
     ({"alerts": {"to": "team@example.com"}}, "alerts.to", "'team@example.com'", "list"),
     ({"alerts": {"to": ["team"]}}, "alerts.to", "a list of 1", "addresses such as team@example.com"),
+    ({"confidence": "very"}, "confidence", "'very'", "a valid boolean"),
+    ({"confidence": True, "review_below": 0}, "review_below", "0 (a number)", "greater than 0"),
+    ({"confidence": True, "review_below": 1.1}, "review_below", "1.1 (a number)", "less than or equal to 1"),
+    ({"confidence": True, "review_below": True}, "review_below", "True (true/false)", "a number"),
+    ({"review_below": 0.5}, "review_below", "0.5 (a number)", "no value without `confidence: true`"),
+    ({"allow_none": False, "examples": [{"text": "x", "tags": []}]}, "examples[0].tags", "a list of 0", "from one to"),
     ({"alerts": {"to": ["a@b.c, d@e.f"]}}, "alerts.to", "a list of 1", "addresses"),
     ({"alerts": {"to": ["a@b.c\nBcc: d@e.f"]}}, "alerts.to", "a list of 1", "addresses"),
     ({"max_active_runs": 0}, "max_active_runs", "0", "greater than or equal to 1"),
@@ -633,6 +645,211 @@ def test_dataset_is_found_beside_a_broken_file(tmp_path: Path, broken: str) -> N
     path = write(tmp_path, MINIMAL, "my_notes.yaml")
 
     assert find_dataset("notes", tmp_path) == path
+
+
+# examples, in the file or in a CSV beside it
+
+
+WITH_CSV = MINIMAL.replace("tags: [{id: fruit}]", "tags: [{id: fruit}, {id: animal}, {id: a;b}]\nexamples: shown.csv\n")
+SECRET = "the patient 山田 at 12 Elm Street"
+
+
+def with_csv(folder: Path, content: str | bytes, name: str = "shown.csv") -> Path:
+    write(folder, content, name)
+    return write(folder, WITH_CSV.replace("shown.csv", name))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text,tags\nAn apple,fruit\n", [("An apple", ["fruit"])]),
+        ("tags,text\nfruit,An apple\n", [("An apple", ["fruit"])]),
+        ("text,tags,why\nAn apple,fruit,it is one\n", [("An apple", ["fruit"])]),
+        ("\ufefftext,tags\r\n林檎,fruit\r\n", [("林檎", ["fruit"])]),
+        ("text,tags\na rock,\n", [("a rock", [])]),
+        ("text,tags\na rock,[]\n", [("a rock", [])]),
+        ("text,tags\nx,fruit; animal\n", [("x", ["fruit", "animal"])]),
+        ('text,tags\nx,"[""a;b"", ""fruit""]"\n', [("x", ["a;b", "fruit"])]),
+        ('text,tags\n"one, ""two""\nthree",fruit\n', [('one, "two"\nthree', ["fruit"])]),
+        ('text,tags\r\n"one\r\ntwo",fruit\r\n', [("one\ntwo", ["fruit"])]),
+        ("text,tags\n\nx,fruit\n,\n\ny,animal\n", [("x", ["fruit"]), ("y", ["animal"])]),
+        ("text,tags\nx,fruit", [("x", ["fruit"])]),
+        ("text,tags\n", []),
+    ],
+)
+def test_examples_are_read_from_a_csv_beside_the_file(
+    tmp_path: Path, content: str, expected: list[tuple[str, list[str]]]
+) -> None:
+    loaded = load_dataset(with_csv(tmp_path, content))
+
+    assert [(example.text, example.tags) for example in loaded.examples] == expected
+
+
+def test_a_csv_may_lie_in_a_folder_below(tmp_path: Path) -> None:
+    (tmp_path / "shown").mkdir()
+
+    assert load_dataset(with_csv(tmp_path, "text,tags\nx,fruit\n", "shown/notes.csv")).examples[0].tags == ["fruit"]
+
+
+def test_examples_of_a_csv_are_those_of_a_list(tmp_path: Path) -> None:
+    of_csv = load_dataset(with_csv(tmp_path, "text,tags\nx,fruit\ny,a;b\n".replace("a;b", '"[""a;b""]"')))
+    content = yaml.safe_load(WITH_CSV)
+    of_list = parse_dataset(
+        content | {"examples": [{"text": "x", "tags": ["fruit"]}, {"text": "y", "tags": ["a;b"]}]}, ""
+    )
+
+    assert of_csv == of_list
+
+
+def test_a_frozen_dataset_holds_the_examples_of_the_csv(tmp_path: Path) -> None:
+    loaded = load_dataset(with_csv(tmp_path, "text,tags\nx,fruit\n"))
+
+    assert parse_dataset(json.loads(loaded.model_dump_json()), "dataset.json") == loaded
+
+
+def test_the_csv_is_read_where_all_files_of_the_folder_are(tmp_path: Path) -> None:
+    """So does Airflow when it parses the DAGs."""
+    path = with_csv(tmp_path, "text,tags\nx,fruit\n")
+
+    loaded = load_datasets([path])[path]
+
+    assert isinstance(loaded, Dataset)
+    assert [example.tags for example in loaded.examples] == [["fruit"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "`shown.csv, row 1`: found 0 columns `text`"),
+        ("tags\nfruit\n", "`shown.csv, row 1`: found 0 columns `text`"),
+        ("text\nSECRET\n", "`shown.csv, row 1`: found 0 columns `tags`"),
+        ("text;tags\nSECRET;fruit\n", "`shown.csv, row 1`: found 0 columns `text`"),
+        ("SECRET,fruit\n", "`shown.csv, row 1`: found 0 columns `text`"),
+        ("text,tags,text\nSECRET,fruit,x\n", "`shown.csv, row 1`: found 2 columns `text`"),
+        ("text,tags\nx,fruit\nSECRET, too,fruit\n", "`shown.csv, row 3`: found 3 cells, expected 2"),
+        ("text,tags\nSECRET\n", "`shown.csv, row 2`: found 1 cells, expected 2"),
+        ('text,tags\n"SECRET,fruit\n', "`shown.csv, row 2`: found no valid CSV"),
+        ('text,tags\n"SECRET"x,fruit\n', "`shown.csv, row 2`: found no valid CSV"),
+        ('"text', "`shown.csv, row 1`: found no valid CSV"),
+        (f"text,tags\nSECRET{'x' * 200_000},fruit\n", "`shown.csv, row 2`: found no valid CSV"),
+        (b"text,tags\n\xff\xfe,fruit\n", "`shown.csv`: found byte 10 is not UTF-8"),
+        ("text,tags\nx,fruit\n\nfruit,SECRET\n", "`shown.csv, row 4, tags`: found a list of 1, expected ids of `tags`"),
+        (
+            "text,tags\nSECRET,fruit;vegetable\n",
+            "`shown.csv, row 2, tags`: found a list of 2, expected ids of `tags` (n",
+        ),
+        (
+            "text,tags\nSECRET,fruit;fruit\n",
+            "`shown.csv, row 2, tags`: found a list of 2, expected from none to 3 tags",
+        ),
+        ("text,tags\n  ,fruit\n", "`shown.csv, row 2, text`: found text, expected a text"),
+        ("text,tags\nSECRET,[fruit]\n", "`shown.csv, row 2, tags`: found `[` and no valid JSON"),
+        ('text,tags\nSECRET,"[[""fruit""]]"\n', "`shown.csv, row 2, tags`: found a list of 1, expected text"),
+        ("text,tags\nSECRET,[5]\n", "`shown.csv, row 2, tags`: found a number, expected text"),
+    ],
+)
+def test_a_mistake_in_the_csv_is_told_once_with_row_and_column_and_without_the_text(
+    tmp_path: Path, content: str | bytes, told: str
+) -> None:
+    message = loading_fails(
+        with_csv(tmp_path, content.replace("SECRET", SECRET) if isinstance(content, str) else content)
+    )
+
+    assert f"notes.yaml: {told}" in message
+    assert message.count("\n") == 0
+    assert "patient" not in message and "山田" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("missing.csv", "`examples`: found missing.csv: No such file or directory, expected a readable file"),
+        ("folder.csv", "`examples`: found folder.csv: Is a directory, expected a readable file"),
+        ("../other.csv", "`examples`: found '../other.csv', expected a CSV in the folder of this file, or below it"),
+        ("a/../../other.csv", "`examples`: found 'a/../../other.csv', expected a CSV in the folder"),
+        ("/etc/other.csv", "`examples`: found '/etc/other.csv', expected a CSV in the folder"),
+        ("/etc/passwd", "`examples`: found text that is no file's name, expected a list of {text, tags}, or the name"),
+        (SECRET, "`examples`: found text that is no file's name, expected a list of {text, tags}, or the name"),
+        ("a\0.csv", "`examples`: found text that is no file's name"),
+        ("x" * 300 + ".csv", "File name too long, expected a readable file"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_told_once(tmp_path: Path, name: str, told: str) -> None:
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    (folder / "folder.csv").mkdir()
+    write(tmp_path, "text,tags\nx,fruit\n", "other.csv")
+    content = {**yaml.safe_load(WITH_CSV), "examples": name}
+
+    message = loading_fails(write(folder, yaml.safe_dump(content, allow_unicode=True)))
+
+    assert told in message
+    assert message.count("\n") == 0
+    assert "patient" not in message
+
+
+def test_the_other_mistakes_of_the_file_are_told_beside_that_in_its_csv(tmp_path: Path) -> None:
+    with_csv(tmp_path, "text,tags\nx,vegetable\n")
+
+    message = loading_fails(write(tmp_path, WITH_CSV.replace("missing", "shown") + "max_tag: 1\n"))
+    unreadable = loading_fails(write(tmp_path, WITH_CSV.replace("shown", "missing") + "max_tag: 1\n"))
+
+    assert "`max_tag`: found an unknown key, expected `max_tags`?" in message
+    assert "`max_tag`: found an unknown key, expected `max_tags`?" in unreadable
+    assert "missing.csv" in unreadable
+
+
+@pytest.mark.parametrize(
+    ("examples", "told"),
+    [
+        (SECRET, "`examples`: found text, expected a list of {text, tags}, or the name of a CSV"),
+        (None, "`examples`: found nothing, expected a list of {text, tags}"),
+        ({SECRET: ["fruit"]}, "`examples`: found keys, expected a list of {text, tags}"),
+        ([SECRET], "`examples[0]`: found text, expected keys: tags, text"),
+        (
+            [{SECRET: ["fruit"], "text": "x", "tags": []}],
+            "`examples[0]`: found an unknown key, expected one of tags, text",
+        ),
+        ([{"txt": SECRET, "text": "x", "tags": []}], "`examples[0]`: found an unknown key, expected `text`?"),
+        ([{"text": SECRET}], "`examples[0].tags`: found nothing, expected a value (the key is required)"),
+        ([{"text": [SECRET], "tags": []}], "`examples[0].text`: found a list of 1, expected text"),
+        ([{"text": 901234, "tags": []}], "`examples[0].text`: found a number, expected text"),
+        ([{"text": "\ud800 " + SECRET, "tags": []}], "`examples[0].text`: found text, expected text without halves"),
+        ([{"text": SECRET, "tags": SECRET}], "`examples[0].tags`: found text, expected a list of tag ids"),
+        (
+            [{"text": "x", "tags": [SECRET]}],
+            "`examples[0].tags`: found a list of 1, expected ids of `tags` (number 1 is",
+        ),
+        ([{"text": "x", "tags": [{SECRET: 1}]}], "`examples[0].tags[0]`: found keys, expected text"),
+    ],
+)
+def test_a_mistake_in_the_list_of_examples_is_told_without_the_text(examples: Any, told: str) -> None:
+    message = mistakes(minimal({"examples": examples}))
+
+    assert f"notes.yaml: {told}" in message
+    assert message.count("\n") == 0
+    assert "patient" not in message and "901234" not in message
+
+
+def test_a_text_that_is_a_key_twice_is_not_quoted(tmp_path: Path) -> None:
+    message = loading_fails(write(tmp_path, MINIMAL + f"examples:\n- {SECRET}: 1\n  {SECRET}: 2\n"))
+
+    assert "`line 10, column 3`: found key twice, expected valid YAML" in message
+    assert "patient" not in message
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(cells, st.lists(st.sampled_from(["fruit", "animal", "a;b"]), max_size=3, unique=True))))
+@settings(deadline=None)
+def test_any_text_comes_out_of_a_csv_as_it_went_in(rows: list[tuple[str, list[str]]]) -> None:
+    body = io.StringIO(newline="")
+    csv.writer(body).writerows([("text", "tags"), *((text, json.dumps(tags)) for text, tags in rows)])
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_dataset(with_csv(Path(folder), body.getvalue()))
+
+    assert [(example.text, example.tags) for example in loaded.examples] == rows
 
 
 # anything at all
