@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from html.parser import HTMLParser
@@ -194,6 +195,8 @@ def test_the_cost_is_said_before(
     labels: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "tagger")
+
     assert shell.run("evaluate", "notes", str(labels)) == 0
 
     assert re.search(r"estimated cost: \$0\.0.*shard 1/1", caplog.text, re.DOTALL)
