@@ -12,7 +12,7 @@ from typing import Any
 from tagger.cache import Chars, Record, Usage
 from tagger.dataset import LLM, Dataset, Price
 from tagger.price import cost_usd, estimated_tokens, price_of
-from tagger.prompt import messages, messages_together
+from tagger.prompt import example_line, messages, messages_together
 from tagger.runs import Estimate
 
 SAMPLE = 64
@@ -37,6 +37,9 @@ CACHED_STEP = 128
 FRAME = '{"tags": []}'
 FRAME_TOGETHER = '{"id": "10", "tags": []}, '
 """An answer without its tags, alone and together with others."""
+
+FRAME_OF_TAG = '{"tag": , "confidence": 0.95}'
+"""What a tag takes in an answer beside its id, where confidence is asked for."""
 
 GUESS_BAND = (0.5, 2.0)
 """Bounds of a cost that is guessed by the lengths, in parts of it."""
@@ -174,7 +177,19 @@ def _answer_tokens(dataset: Dataset) -> float:
     all_tags = estimated_tokens(json.dumps(dataset.tag_ids, ensure_ascii=False))
     tags = (1 + min(dataset.max_tags, len(dataset.tags))) / 2
     frame = FRAME if dataset.llm.texts_per_request == 1 else FRAME_TOGETHER
-    return estimated_tokens(frame) + tags * all_tags / len(dataset.tags) + _reasoning_tokens(dataset.llm)
+    of_tag = all_tags / len(dataset.tags) + (estimated_tokens(FRAME_OF_TAG) if dataset.confidence else 0)
+    return estimated_tokens(frame) + tags * of_tag + _reasoning_tokens(dataset.llm)
+
+
+def example_cost(dataset: Dataset) -> tuple[int, float | None]:
+    """Return about how many tokens an example has, of those there are, and what one more adds to 1,000 requests in USD.
+
+    The cost is None where the price is not known, and less where the endpoint has the prompt cached.
+    """
+    total = sum(estimated_tokens(example_line(example)) for example in dataset.examples)
+    tokens = round(total / len(dataset.examples))
+    price = price_of(dataset.llm, batch=dataset.llm.mode == "batch")
+    return tokens, cost_usd(Usage(input=1000 * tokens), price)
 
 
 def _reasoning_tokens(llm: LLM) -> int:

@@ -19,7 +19,7 @@ from tagger.cache import Cache, Usage
 from tagger.changes import OlderSpec, Why, frozen_dataset, newest, spec_change, target_rows, why_new
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
-from tagger.estimate import LEAST_SAMPLE, Lengths, estimate, sample_size
+from tagger.estimate import LEAST_SAMPLE, Lengths, estimate, example_cost, sample_size
 from tagger.exceptions import InputError, StorageError
 from tagger.price import cost_usd, price_of, usd
 from tagger.runs import (
@@ -38,7 +38,7 @@ from tagger.runs import (
 )
 from tagger.shards import NewTexts, write_shards
 from tagger.spec import normalise, spec_id, text_key
-from tagger.tables import connecting, existing_target
+from tagger.tables import REVIEW, connecting, existing_target
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,7 @@ def describe(planned: Plan, dataset: Dataset, taken: Snapshot) -> list[str]:
         + f"; {len(planned.shards)} shards; spec {planned.spec_id}",
         *_new_in_words(planned, taken),
         *_estimate_in_words(planned.estimate, dataset),
+        *_examples_in_words(dataset),
         *(["dry run: no text is asked, nothing is written to the target"] if taken.options.dry_run else []),
         *_older_in_words(planned, taken),
         *([WITHOUT_LOCK] if planned.shards and dataset.lock is None else []),
@@ -221,6 +222,17 @@ def _estimate_in_words(expected: Estimate | None, dataset: Dataset) -> Iterator[
         yield f"time at the limits: {_duration(expected.seconds)}"
 
 
+def _examples_in_words(dataset: Dataset) -> Iterator[str]:
+    if not dataset.examples:
+        return
+    tokens, cost = example_cost(dataset)
+    adds = "as many to each request" if cost is None else f"up to {usd(cost)} per 1,000 requests"
+    yield (
+        f"examples: {len(dataset.examples):,} in the prompt, about {tokens:,} tokens each; one more would add {adds}, "
+        "and make all texts new once"
+    )
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown, for no rate is set and no run of this spec tells of one"
@@ -254,7 +266,7 @@ def _refused(cache: Cache, cached: set[str], dataset: Dataset, taken: Snapshot, 
     with connecting(engine, dataset.target_conn_id) as connection:
         target = existing_target(connection, dataset.target.table, taken.id_type)
         if target is not None:
-            tagged = sa.select(target.c.cache_key).where(target.c.status == "tagged")
+            tagged = sa.select(target.c.cache_key).where(target.c.status.in_(("tagged", REVIEW)))
             cached = cached.difference(connection.execute(tagged).scalars())
     keys, refused = iter(cached), set[str]()
     while part := list(islice(keys, RECORDS_A_READ)):

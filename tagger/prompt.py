@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from tagger.dataset import Dataset
+from tagger.dataset import Dataset, Example
 
 
 class Choice(NamedTuple):
@@ -66,14 +66,16 @@ def instructions(dataset: Dataset, *, together: bool = False) -> str:
 
 
 def _examples(dataset: Dataset) -> str:
-    """Return the examples, each on a line of its own: as JSON has it, no text can end its line or its quotes."""
     if not dataset.examples:
         return ""
-    lines = "\n".join(
-        f"{json.dumps(example.text.strip(), ensure_ascii=False)} → {json.dumps(example.tags, ensure_ascii=False)}"
-        for example in dataset.examples
-    )
+    lines = "\n".join(example_line(example) for example in dataset.examples)
     return f"\nExamples, each a text and its tags:\n{lines}\n\n"
+
+
+def example_line(example: Example) -> str:
+    """Return how the prompt shows an example: as JSON has it, so that no text can end its line or its quotes."""
+    text, tags = (json.dumps(each, ensure_ascii=False) for each in (example.text.strip(), example.tags))
+    return f"{text} → {tags}"
 
 
 def _form(dataset: Dataset, *, together: bool) -> str:

@@ -287,3 +287,37 @@ def test_a_plan_with_nothing_new_and_nothing_older_samples_no_records(project: P
     plan(run, project.connections)
 
     assert requests.of("GetObject", "cache/") == []
+
+
+SHOWN = [{"text": "an apple", "tags": ["fruit"]}, {"text": "a rock", "tags": []}]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "what"),
+    [
+        ({}, {"examples": SHOWN}, "the examples"),
+        ({"examples": SHOWN}, {"examples": SHOWN[:1]}, "the examples"),
+        ({"examples": SHOWN}, {"examples": []}, "the examples"),
+        ({}, {"confidence": True}, "`confidence`"),
+        ({"confidence": True}, {"confidence": False}, "`confidence`"),
+        ({"examples": SHOWN}, {"examples": [], "confidence": True}, "the examples and `confidence`"),
+    ],
+)
+def test_examples_and_confidence_are_told_where_they_come_change_and_go(
+    project: Project, before: dict[str, Any], after: dict[str, Any], what: str
+) -> None:
+    project.change(**before)
+    put_all(project, "apple", "zebra")
+    project.run()
+    project.change(**after)
+
+    assert told(project).startswith(f"{what} changed: 2 of 2 rows hold an older spec; ")
+
+
+def test_a_threshold_for_review_makes_no_text_new(project: Project) -> None:
+    project.change(confidence=True)
+    put_all(project, "apple", "zebra")
+    project.run()
+    project.change(review_below=0.9)
+
+    assert make_plan(project).new == 0

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from tagger.cache import Chars, Record, Usage
 from tagger.dataset import Dataset
 from tagger.dataset_files import parse_dataset
-from tagger.estimate import LEAST_SAMPLE, REASONING_TOKENS, SAMPLE, Lengths, estimate, guess_usage, sample_size
+from tagger.estimate import (
+    LEAST_SAMPLE,
+    REASONING_TOKENS,
+    SAMPLE,
+    Lengths,
+    estimate,
+    example_cost,
+    guess_usage,
+    sample_size,
+)
 from tagger.packing import SHORT_CHARS
 from tagger.price import estimated_tokens
 from tagger.prompt import instructions
@@ -395,3 +404,44 @@ def test_the_time_at_a_limit_of_tokens_goes_by_all_of_them() -> None:
 @pytest.mark.parametrize(("texts", "size"), [(1, LEAST_SAMPLE), (40, 40), (10**6, SAMPLE)])
 def test_as_many_records_are_read_as_there_are_new_texts_within_bounds(texts: int, size: int) -> None:
     assert sample_size(texts) == size
+
+
+SHOWN = [{"text": "a" * 100, "tags": ["fruit"]}, {"text": "日" * 100, "tags": ["animal", "weather"]}]
+
+
+def test_a_guess_counts_the_examples_for_each_request() -> None:
+    plain, shown = make_dataset(), make_dataset(examples=SHOWN)
+
+    before, after = (guess_usage(each, lengths(each, "apple", "zebra")) for each in (plain, shown))
+
+    assert 2 * 125 <= after.input - before.input <= 2 * 165
+    assert after.output == before.output
+
+
+def test_a_guess_counts_what_confidence_adds_to_prompt_and_answer() -> None:
+    plain, sure = make_dataset(max_tags=1), make_dataset(max_tags=1, confidence=True)
+
+    before, after = (guess_usage(each, lengths(each, *["apple"] * 100)) for each in (plain, sure))
+
+    assert after.output - before.output == 100 * estimated_tokens('{"tag": , "confidence": 0.95}')
+    assert after.input > before.input
+
+
+@pytest.mark.parametrize(("mode", "usd"), [("online", 1.0), ("batch", 0.5)])
+def test_one_more_example_costs_its_tokens_in_each_request(mode: str, usd: float) -> None:
+    dataset = make_dataset({"mode": mode, "price": {"input": 1.0, "cached_input": 0.1, "output": 8.0}}, examples=SHOWN)
+
+    tokens, cost = example_cost(dataset)
+
+    assert 65 <= tokens <= 80
+    assert cost == pytest.approx(1000 * tokens * usd / 1e6)
+
+
+def test_where_the_price_is_unknown_an_example_has_tokens_alone() -> None:
+    content = merged(MINIMAL, {"examples": SHOWN, "llm": {"model": "own-model"}})
+    del content["llm"]["price"]
+
+    tokens, cost = example_cost(parse_dataset(content, "notes.yaml"))
+
+    assert tokens > 0
+    assert cost is None

@@ -536,3 +536,35 @@ def test_a_refused_text_that_is_not_asked_again_keeps_its_record(project: Projec
     load_back(run, project.connections)
     assert asking(project)[1].cached == 2
     assert Counter(row.status for row in project.target().values()) == {"refused": 2, "skipped": 1}
+
+
+def examples_told(project: Project) -> list[str]:
+    run = project.take()
+    planned = plan(run, project.connections)
+    return [line for line in describe(planned, project.dataset, run.snapshot()) if line.startswith("examples: ")]
+
+
+def test_the_plan_says_what_an_example_costs(project: Project) -> None:
+    put_all(project, "apple")
+    project.change(examples=[{"text": "日" * 60, "tags": ["fruit"]}] * 5, llm={"price": {"input": 0.25, "output": 2}})
+
+    assert examples_told(project) == [
+        "examples: 5 in the prompt, about 64 tokens each; one more would add up to $0.0160 per 1,000 requests, "
+        "and make all texts new once"
+    ]
+
+
+def test_the_plan_says_how_long_an_example_is_where_the_price_is_unknown(project: Project) -> None:
+    put_all(project, "apple")
+    project.change(examples=[{"text": "日" * 60, "tags": ["fruit"]}], llm={"price": None})
+
+    assert examples_told(project) == [
+        "examples: 1 in the prompt, about 64 tokens each; one more would add as many to each request, "
+        "and make all texts new once"
+    ]
+
+
+def test_a_plan_without_examples_does_not_speak_of_them(project: Project) -> None:
+    put_all(project, "apple")
+
+    assert examples_told(project) == []
