@@ -237,13 +237,18 @@ def _labelled(
         "max_tags": max(a.dataset.max_tags, b.dataset.max_tags),
         "allow_none": a.dataset.allow_none or b.dataset.allow_none,
     }
-    read = read_labels(
-        labels,
-        a.dataset.model_copy(update=either),
-        connections,
-        ignore_unknown=ignore_unknown,
-        keep_disagreeing=keep_disagreeing,
-    )
+    try:
+        read = read_labels(
+            labels,
+            a.dataset.model_copy(update=either),
+            connections,
+            ignore_unknown=ignore_unknown,
+            keep_disagreeing=keep_disagreeing,
+        )
+    except InputError as e:
+        if common == set(a.dataset.tag_ids):
+            raise
+        raise InputError(f"{e} (only tags that both {a.file} and {b.file} have can be compared)") from None
     drawn = read.sample(size, seed).labels
     rows = [Row(label.row, label.text, label.tags) for label in drawn]
     of = f" of {len(read.labels):,}, drawn at random (seed {seed})" if len(rows) < len(read.labels) else ""

@@ -40,8 +40,29 @@ def _labelled(found: "Comparison", difference: "Difference") -> str:
         f"(95 % interval {_points(change.low)} to {_points(change.high)}, {chance})"
     )
     if p >= SURE or not change.value:
-        return f"No difference can be told with {texts:,} texts: B has {figures}"
+        return f"No difference can be told with {texts:,} texts: B has {figures}" + _beside(difference, texts)
     return f"B is {'better' if change.value > 0 else 'worse'}: {figures} on {texts:,} texts"
+
+
+def _beside(difference: "Difference", texts: int) -> str:
+    """Return what else there is to know where the exact matches do not tell: other figures, or how many labels would.
+
+    Connor's formula (1987) for McNemar's test: a difference of this size, with 80 % power.
+    """
+    f1 = difference.micro_f1
+    if f1.low is not None and f1.high is not None and f1.low * f1.high > 0:
+        return f", but {_points(f1.value)} points micro F1 ({_points(f1.low)} to {_points(f1.high)})"
+    apart, discordant = difference.exact_match.value or 0.0, difference.only_a_right + difference.only_b_right
+    if not apart:
+        return ""
+    share = discordant / texts
+    needed = ((1.96 * share**0.5 + 0.84 * max(share - apart**2, 0.0) ** 0.5) / apart) ** 2
+    return f"; about {_rounded(needed)} labels would tell a difference of this size" if needed > texts else ""
+
+
+def _rounded(count: float) -> str:
+    """Return a number with two digits that count."""
+    return f"{float(f'{count:.2g}'):,.0f}"
 
 
 def _unlabelled(found: "Comparison") -> str:
