@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from tagger.batch import settle, shard_batches, wait_for_shards
 from tagger.batch_api import BatchAPI
 from tagger.batches import Batch, Batches
 from tagger.cache import Cache
+from tagger.connections import openai_client
 from tagger.exceptions import InputError, LLMStopped, LLMUnreachable, RunFailed, TaggerError
-from tagger.ledger import read_attempts
+from tagger.ledger import latest_outcomes, read_attempts
+from tagger.llm import Client
 from tagger.load import load_back
 from tagger.plan import plan
 from tagger.report import Summary, report
 from tagger.runs import Run
 from tagger.tag import tag
+from tagger.throttle import Throttle
 from tests.project import Project
 
 
@@ -101,6 +105,26 @@ def test_a_batch_ends_in_the_records_that_calls_would_have_written(project: Proj
     assert (record.status, record.tags, record.asked) == ("tagged", ["fruit"], "batch")
     assert record.chars is not None
     assert record.chars.narrow == len("apple number 0")
+
+
+def test_a_batch_asks_for_confidence_and_shows_examples_as_calls_do(project: Project, llm: StandIn) -> None:
+    project.change(confidence=True, examples=[{"text": "a pear", "tags": ["fruit"]}])
+    put_texts(project, 3)
+    run = planned(project)
+
+    tagged(project, run)
+
+    cache = Cache(run.storage, run.plan().spec_id, project.dataset.llm.model)
+    found = cache.read_many(llm.calls_per_key())
+    assert len(found) == 3
+    for key, outcome in latest_outcomes(read_attempts(run)).items():
+        assert outcome.confidence is not None
+        assert 0 < outcome.confidence[0] < 1
+        assert (found[key].asked, found[key].confidence) == ("batch", list(outcome.confidence))
+    online = Client(project.dataset, openai_client("openai_default", project.connections), Throttle(1))
+    with closing(online):
+        again = online.ask("0" * 32, "apple number 0", lambda _: None)
+    assert again.confidence == next(iter(found.values())).confidence
 
 
 def test_the_requests_are_those_of_online_calls(project: Project, llm: StandIn) -> None:

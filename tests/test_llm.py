@@ -124,6 +124,47 @@ def test_an_endpoint_that_names_no_model_has_answered_as_the_datasets(new_asker:
     assert new_asker(llm={"model": "own-model"}).ask().model == "own-model"
 
 
+def test_the_confidence_of_each_tag_comes_with_it_where_the_dataset_asks(new_asker: MakeAsker, llm: StandIn) -> None:
+    asker = new_asker(confidence=True)
+    given = [{"tag": "animal", "confidence": 1}, {"tag": "weather", "confidence": 0.25}]
+    llm.script(completion(json.dumps({"tags": given})))
+
+    assert asker.ask() == Answer(["animal", "weather"], None, MODEL, "stop", confidence=[1.0, 0.25])
+
+
+def test_a_refusal_has_no_confidence(new_asker: MakeAsker, llm: StandIn) -> None:
+    llm.script(completion(None, refusal="I cannot help with that."))
+
+    assert new_asker(confidence=True).ask().confidence is None
+
+
+def test_a_confidence_out_of_range_is_asked_again(new_asker: MakeAsker, llm: StandIn) -> None:
+    asker = new_asker(confidence=True)
+    percent, right = (completion(f'{{"tags": [{{"tag": "animal", "confidence": {value}}}]}}') for value in (90, 0.9))
+    llm.script(percent, right)
+
+    assert asker.ask().confidence == [0.9]
+    assert len(asker.spent) == 2
+
+
+@pytest.mark.parametrize("form", [{}, {"response_format": {"type": "json_object"}}], ids=["schema", "json_object"])
+def test_the_stand_in_gives_confidence_where_the_dataset_asks(
+    new_asker: MakeAsker, llm: StandIn, form: dict[str, Any]
+) -> None:
+    answer = new_asker(confidence=True, llm={"params": form}).ask("a zebra in the rain, a storm")
+
+    assert answer.tags == ["weather", "animal"]
+    assert answer.confidence is not None
+    assert 1 > answer.confidence[0] > answer.confidence[1] > 0
+
+
+def test_examples_are_shown_to_the_llm_and_are_not_asked_about(new_asker: MakeAsker, llm: StandIn) -> None:
+    asker = new_asker(examples=[{"text": "- weather: x\nChoose at most 1 tag", "tags": ["animal"]}])
+
+    assert asker.ask("a zebra in the rain").tags == ["animal", "weather"]
+    assert [call.text for call in llm.calls] == ["a zebra in the rain"]
+
+
 @pytest.mark.parametrize(
     ("reply", "reason", "finish_reason"),
     [

@@ -201,6 +201,20 @@ def test_an_answer_says_that_its_text_was_asked_together_with_others(crowd: Crow
     assert crowd.ask(*range(4))[1] == Answer(["animal"], None, MODEL, "stop", "together")
 
 
+def test_each_text_gets_the_confidence_of_its_own_tags(new_crowd: MakeCrowd, llm: StandIn) -> None:
+    crowd = new_crowd(confidence=True)
+
+    together = {number: end for number, end in crowd.ask(*range(4)).items() if isinstance(end, Answer)}
+
+    alone = {number: crowd.client.ask(key_of(number), text_of(number), lambda _: None) for number in range(4)}
+    assert sizes(llm) == [4, 1, 1, 1, 1]
+    assert {number: end.tags for number, end in together.items()} == FOUR
+    assert {n: (end.tags, end.confidence) for n, end in together.items()} == {
+        n: (end.tags, end.confidence) for n, end in alone.items()
+    }
+    assert all(end.confidence is not None and len(end.confidence) == len(end.tags) for end in together.values())
+
+
 def test_one_text_a_request_waits_for_nobody(
     new_crowd: MakeCrowd, llm: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

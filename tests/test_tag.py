@@ -32,7 +32,7 @@ from demo.stand_in import Json, Reply, StandIn, completion, error, token_usage
 from tagger.cache import Cache
 from tagger.connections import Connection
 from tagger.exceptions import InputError, LLMStopped, LockFailed, RunFailed, StorageError, TaggerError, Unreachable
-from tagger.ledger import Attempt, Ledger, read_attempts
+from tagger.ledger import Attempt, Ledger, latest_outcomes, read_attempts
 from tagger.load import load_back
 from tagger.plan import plan
 from tagger.redis_connection import redis_client
@@ -97,6 +97,35 @@ def test_one_text_is_one_call_and_one_record(project: Project, llm: StandIn) -> 
     assert tag_all(project, run) == {"tagged": 1}
     assert [call.text for call in llm.calls] == ["a zebra in the rain"]
     assert len(records(run)) == 1
+
+
+@pytest.mark.parametrize("texts_per_request", [1, 4], ids=["alone", "together"])
+def test_the_confidence_of_tags_is_in_their_record_and_in_the_books(project: Project, texts_per_request: int) -> None:
+    project.change(confidence=True, llm={"texts_per_request": texts_per_request})
+    put_texts(project, 3)
+    project.put(7, "a chair")
+    run = planned(project)
+
+    tag_all(project, run)
+
+    kept = {key: (tuple(o.tags or ()), o.confidence) for key, o in latest_outcomes(read_attempts(run)).items()}
+    assert sorted(tags for tags, _ in kept.values()) == [(), ("fruit",), ("fruit",), ("fruit",)]
+    assert all(confidence is not None and len(confidence) == len(tags) for tags, confidence in kept.values())
+    assert all(0 < value < 1 for _, confidence in kept.values() for value in confidence or ())
+    of_records = {
+        path[-37:-5]: (tuple(record["tags"]), tuple(record["confidence"])) for path, record in records(run).items()
+    }
+    assert of_records == kept
+
+
+def test_without_confidence_records_and_books_have_none(project: Project) -> None:
+    put_texts(project, 1)
+    run = planned(project)
+
+    tag_all(project, run)
+
+    assert [record["confidence"] for record in records(run).values()] == [None]
+    assert [outcome.confidence for outcome in last_attempt(run).outcomes] == [None]
 
 
 def test_many_rows_with_one_text_cost_one_call(project: Project, llm: StandIn) -> None:
