@@ -45,6 +45,17 @@ class LabelCounts(Figures):
     lines: list[str]
 
 
+class Review(Figures):
+    """What the dataset's `review_below` would mark for review, of the measured texts, and what it would catch."""
+
+    below: float
+    texts: int
+    right: int
+    """Of these texts, those that have all their tags and no other."""
+    others: int
+    others_right: int
+
+
 class Case(Figures):
     """A text whose tags are wrong, by its row."""
 
@@ -81,6 +92,8 @@ class Evaluation(Figures):
     quality: Quality
     reliability: Reliability | None
     """Where the dataset asks for `confidence`."""
+    review: Review | None
+    """Where it has `review_below`."""
     worst: list[Case]
 
 
@@ -133,6 +146,7 @@ def evaluate(
             [label.tags for label, _ in answered], [a.predicted for _, a in answered], dataset.tag_ids, seed
         ),
         reliability=_reliability(answered),
+        review=_review(dataset.review_below, [case for _, case in answered]),
         worst=sorted((a for label, a in answered if label.tags != set(a.predicted)), key=_wrongness)[:WORST_CASES],
     )
 
@@ -164,6 +178,25 @@ def _reliability(answered: Sequence[tuple[Label, Case]]) -> Reliability | None:
     return reliability([sure for sure, _ in given], [right for _, right in given])
 
 
+def _review(below: float | None, cases: list[Case]) -> Review | None:
+    if below is None:
+        return None
+    marked = [min(case.confidence or [1.0]) < below for case in cases]
+    right = [set(case.gold) == set(case.predicted) for case in cases]
+    caught = sum(m and r for m, r in zip(marked, right, strict=True))
+    texts = sum(marked)
+    return Review(below=below, texts=texts, right=caught, others=len(cases) - texts, others_right=sum(right) - caught)
+
+
+def review_line(review: Review) -> str:
+    """Say what `review_below` would mark, and how right these texts are and the others."""
+    marked, others = review.right / max(review.texts, 1), review.others_right / max(review.others, 1)
+    return (
+        f"`review_below: {review.below:g}` marks {review.texts:,} texts, {100 * marked:.0f} % of them tagged "
+        f"exactly right; of the {review.others:,} others {100 * others:.0f} % are"
+    )
+
+
 def _counts(labels: Labels, name: str) -> LabelCounts:
     return LabelCounts(
         name=name,
@@ -189,13 +222,13 @@ def describe(figures: Evaluation) -> list[str]:
         *(f"  labels   {line}" for line in f.labels.lines),
         f"  texts    {texts_line(f)}",
         f"  cost     {cost_line(f)}",
-        f"  no tag   {_share(q.gold_untagged, q)} of the texts should have none, "
-        f"{_share(q.predicted_untagged, q)} got none",
+        f"  no tag   {untagged_line(q)}",
         "",
         *_table(q),
         "",
         *_pairs(q),
         *_reliability_table(f.reliability),
+        *([f"  {review_line(f.review)}"] if f.review is not None else []),
     ]
 
 
@@ -205,8 +238,14 @@ def title(f: Evaluation) -> str:
     return f"{f.dataset} · {labels} · {f.model} · spec {f.spec_id}"
 
 
-def _share(texts: int, q: Quality) -> str:
-    return f"{100 * texts / q.texts:.1f} %"
+def untagged_line(q: Quality) -> str:
+    """Say how many texts have no tag."""
+
+    def share(texts: int) -> str:
+        return f"{texts:,} ({100 * texts / q.texts:.1f} %)"
+
+    should, got = share(q.gold_untagged), share(q.predicted_untagged)
+    return f"{should} of the texts should have none, {got} got none, {q.both_untagged:,} of these rightly"
 
 
 def texts_line(f: Evaluation) -> str:

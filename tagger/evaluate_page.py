@@ -16,6 +16,9 @@ MAP_TAGS = 15
 
 PAIRS = 30
 
+BAR = 70
+"""Pixels that a bar of 1 has."""
+
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2430; --dim: #5c6675; --line: #d8dde5; --back: #ffffff; --bar: #2f6fd0;
   --bar-back: #e8ecf2; --bad: #b3261e; --note: #fff4d6; }
@@ -24,7 +27,7 @@ STYLE = """
     --bad: #ff8a80; --note: #3b3216; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--back); color: var(--text);
+body { margin: 0 auto; max-width: 80rem; padding: 1.5rem; background: var(--back); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
@@ -60,7 +63,7 @@ def write_page(file: Path, figures: "Evaluation") -> None:
 
 def page(figures: "Evaluation") -> str:
     """Return the page; nothing can run or be loaded there."""
-    from tagger.evaluate import STAND_IN, cost_line, texts_line, title
+    from tagger.evaluate import STAND_IN, cost_line, review_line, texts_line, title, untagged_line
 
     f, q = figures, figures.quality
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -73,20 +76,17 @@ def page(figures: "Evaluation") -> str:
         f"<title>{escape(name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
         f'<h1>{escape(name)}</h1>\n<p class="dim">{escape(title(f))}</p>',
         f'<p class="note">Note: {escape(STAND_IN)}.</p>' if f.stand_in else "",
-        *(f"<p>{escape(line)}</p>" for line in (texts_line(f), cost_line(f), _untagged(q))),
+        *(f"<p>{escape(line)}</p>" for line in (texts_line(f), cost_line(f), f"No tag: {untagged_line(q)}")),
         *(f"<p>Labels: {escape(line)}</p>" for line in f.labels.lines),
         _scores(q),
         _pairs(q),
         _heat_map(q),
         _reliability(f.reliability) if f.reliability is not None else "",
+        f"<p>{escape(review_line(f.review))}</p>" if f.review is not None else "",
         _cases(f.worst),
         "</main>\n</body>\n</html>\n",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _untagged(q: "Quality") -> str:
-    return f"Without a tag: {q.gold_untagged:,} texts should be, {q.predicted_untagged:,} are, of {q.texts:,}."
 
 
 def _scores(q: "Quality") -> str:
@@ -118,10 +118,10 @@ def _bar(value: "Value") -> str:
     if value.value is None or value.low is None or value.high is None:
         return "-"
     return (
-        '<svg width="90" height="12" aria-hidden="true">'
-        '<rect class="track" width="90" height="12"/>'
-        f'<rect class="bar" width="{90 * value.value:.1f}" height="12"/>'
-        f'<line class="whisker" x1="{90 * value.low:.1f}" x2="{90 * value.high:.1f}" y1="6" y2="6"/></svg> '
+        f'<svg width="{BAR}" height="12" aria-hidden="true">'
+        f'<rect class="track" width="{BAR}" height="12"/>'
+        f'<rect class="bar" width="{BAR * value.value:.1f}" height="12"/>'
+        f'<line class="whisker" x1="{BAR * value.low:.1f}" x2="{BAR * value.high:.1f}" y1="6" y2="6"/></svg> '
         f"{shown_value(value)}"
     )
 

@@ -75,20 +75,21 @@ class Labels:
         """Return what became of the rows that are not used as they stand, a line for each kind."""
         lines = []
         if self.unknown_rows:
-            lines.append(f"{self.unknown_rows:,} rows left out: they have tags that the dataset has not")
+            lines.append(f"{_rows(self.unknown_rows)} left out: tags that the dataset has not")
         if self.blank:
-            lines.append(f"{self.blank:,} rows left out: they have no text")
+            lines.append(f"{_rows(self.blank)} left out: no text")
         if self.absent:
-            lines.append(f"{len(self.absent):,} rows left out: the source has no such row ({_some(self.absent)})")
+            lines.append(f"{_rows(len(self.absent))} left out: not in the source ({_some(self.absent)})")
         if self.repeated:
-            lines.append(f"{self.repeated:,} rows left out: they repeat the text and the tags of another")
+            lines.append(f"{_rows(self.repeated)} left out: the text and the tags of another row")
         if self.disagreeing:
-            rows = sum(map(len, self.disagreeing))
             done = "kept" if self.kept_disagreeing else "left out (`--keep-disagreeing` keeps them)"
             groups = _some(["/".join(group) for group in self.disagreeing], "; ")
-            lines.append(f"{rows:,} rows {done}: they give one text different tags (rows {groups})")
+            lines.append(
+                f"{_rows(sum(map(len, self.disagreeing)))} {done}: different tags for one text (rows {groups})"
+            )
         if self.over_max:
-            lines.append(f"{self.over_max:,} labels no answer can meet: see `max_tags` and `allow_none`")
+            lines.append(f"{_rows(self.over_max)} that no answer can meet, by `max_tags` and `allow_none`")
         return lines
 
 
@@ -187,7 +188,7 @@ def _checked(
 
 def _unknown_tags(where: str, rows: list[_Row], known: set[str]) -> str:
     counts = Counter(tag for row in rows for tag in set(row.tags) - known)
-    shown = ", ".join(f"{_tag_shown(tag)} {count:,} times" for tag, count in counts.most_common(10))
+    shown = ", ".join(f"{_tag_shown(tag)} {count:,}x" for tag, count in counts.most_common(10))
     more = f" and {len(counts) - 10:,} more" if len(counts) > 10 else ""
     return (
         f"{where}: column `tags`: found tags that the dataset has not: {shown}{more} (first in row {rows[0].name}); "
@@ -198,6 +199,10 @@ def _unknown_tags(where: str, rows: list[_Row], known: set[str]) -> str:
 def _tag_shown(tag: str) -> str:
     # what is longer than any id is a text in the wrong column
     return f"`{tag}`" if len(tag) <= 64 and tag.isprintable() else f"a value of {len(tag):,} characters"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count != 1 else ''}"
 
 
 def _some(names: Sequence[str], between: str = ", ") -> str:

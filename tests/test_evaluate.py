@@ -138,6 +138,20 @@ def test_confidence_is_held_against_what_is_right(project: Project, labels: Path
     assert table.ece == pytest.approx((1 * 0.45 + 3 * (0.95 - 2 / 3)) / 4)
 
 
+def test_what_review_below_marks_is_held_against_the_rest(project: Project, labels: Path) -> None:
+    project.change(confidence=True, review_below=0.6)
+    sure, half, none = confident({"fruit": 0.95}), confident({"animal": 0.55, "weather": 0.95}), confident({})
+    teach(project.llm, apple=sure, zebra=half, cherry=sure, storm=none, nothing=none)
+
+    found = figures_of(project, labels)
+
+    assert found.review is not None
+    assert (found.review.texts, found.review.right, found.review.others, found.review.others_right) == (1, 1, 4, 2)
+    told = "`review_below: 0.6` marks 1 texts, 100 % of them tagged exactly right; of the 4 others 50 % are"
+    assert told in "\n".join(describe(found))
+    assert told in Elements(page(found)).text
+
+
 def test_without_confidence_there_is_no_reliability_table(project: Project, labels: Path) -> None:
     found = figures_of(project, labels)
 
@@ -254,10 +268,10 @@ def test_unknown_tags_stop_before_anything_is_asked(shell: Shell, labels: Path) 
     labels.write_text("text,tags\ns3cret,vegetable\nan apple,fruit\n")
 
     assert shell.run("evaluate", "notes", str(labels)) == 2
-    assert_complains(shell, "`vegetable` 1 time")
+    assert_complains(shell, "`vegetable` 1x")
     assert not shell.project.llm.calls
     assert shell.run("evaluate", "notes", str(labels), "--ignore-unknown") == 0
-    assert "1 rows left out: they have tags that the dataset has not" in shell.out
+    assert "1 row left out: tags that the dataset has not" in shell.out
 
 
 def test_where_no_text_got_an_answer_there_is_nothing_to_measure(shell: Shell, labels: Path) -> None:  # noqa: F811

@@ -115,7 +115,7 @@ def test_unknown_tags_are_listed_with_their_counts(project: Project) -> None:
         project, "text,tags\ns3cret 1,fruits\ns3cret 2,fruits;animal\ns3cret 3,vegetable\ns3cret 4,fruit\n"
     )
 
-    assert "found tags that the dataset has not: `fruits` 2 times, `vegetable` 1 times (first in row 2)" in told
+    assert "found tags that the dataset has not: `fruits` 2x, `vegetable` 1x (first in row 2)" in told
     assert "--ignore-unknown" in told
 
 
@@ -129,14 +129,14 @@ def test_rows_with_unknown_tags_are_left_out_where_that_is_asked(project: Projec
     labels = read(project, "text,tags\na,fruits\nb,fruits;animal\nc,animal\n", ignore_unknown=True)
 
     assert (tags(labels), labels.unknown_rows) == ([{"animal"}], 2)
-    assert labels.describe() == ["2 rows left out: they have tags that the dataset has not"]
+    assert labels.describe() == ["2 rows left out: tags that the dataset has not"]
 
 
 def test_rows_without_a_text_are_left_out_and_counted(project: Project) -> None:
     labels = read(project, 'text,tags\n,fruit\n" \t",fruit\nan apple,fruit\n')
 
     assert (len(labels.labels), labels.blank, labels.rows) == (1, 2, 3)
-    assert labels.describe() == ["2 rows left out: they have no text"]
+    assert labels.describe() == ["2 rows left out: no text"]
 
 
 def test_rows_without_an_id_or_whose_source_text_is_blank_have_no_text(project: Project) -> None:
@@ -154,14 +154,14 @@ def test_ids_that_the_source_lacks_are_counted_and_five_are_named(project: Proje
     labels = read(project, f"row_id,tags\n{lines}")
 
     assert labels.absent == ["10", "11", "12", "13", "14", "15", "x"]
-    assert labels.describe() == ["7 rows left out: the source has no such row (10, 11, 12, 13, 14 and 2 more)"]
+    assert labels.describe() == ["7 rows left out: not in the source (10, 11, 12, 13, 14 and 2 more)"]
 
 
 def test_labels_that_agree_count_once(project: Project) -> None:
     labels = read(project, "text,tags\nan apple,fruit\n an apple ,fruit\nan apple,fruit\n")
 
     assert ([label.row for label in labels.labels], labels.repeated) == (["2"], 2)
-    assert labels.describe() == ["2 rows left out: they repeat the text and the tags of another"]
+    assert labels.describe() == ["2 rows left out: the text and the tags of another row"]
 
 
 DISAGREEING = "text,tags\ns3cret,fruit\nb,animal\ns3cret,animal\ns3cret,fruit\n"
@@ -172,14 +172,14 @@ def test_labels_that_disagree_are_named_and_left_out(project: Project) -> None:
 
     assert ([label.row for label in labels.labels], labels.disagreeing) == (["3"], [["2", "4", "5"]])
     [told] = labels.describe()
-    assert "3 rows left out (`--keep-disagreeing` keeps them): they give one text different tags (rows 2/4/5)" in told
+    assert "3 rows left out (`--keep-disagreeing` keeps them): different tags for one text (rows 2/4/5)" in told
 
 
 def test_labels_that_disagree_are_kept_where_that_is_asked(project: Project) -> None:
     labels = read(project, DISAGREEING, keep_disagreeing=True)
 
     assert sorted(label.row for label in labels.labels) == ["2", "3", "4", "5"]
-    assert "3 rows kept: they give one text different tags" in labels.describe()[0]
+    assert "3 rows kept: different tags for one text" in labels.describe()[0]
 
 
 def test_every_row_is_used_or_counted(project: Project) -> None:
@@ -204,7 +204,7 @@ def test_labels_that_no_answer_can_meet_are_counted(project: Project) -> None:
     [
         ("", "labels.csv: empty"),
         ("text,tags\n", "no label that can be used: it has no row"),
-        ("text,tags\n,fruit\n", "no label that can be used: 1 rows left out: they have no text"),
+        ("text,tags\n,fruit\n", "no label that can be used: 1 row left out: no text"),
         ("text,labels\ns3cret,fruit\n", "found the columns `text`, `labels`; expected a column `tags` and"),
         ("body,tags\ns3cret,fruit\n", "found the columns `body`, `tags`; expected a column `tags` and"),
         ("text,tags,text\ns3cret,fruit,s3cret\n", "column `text` is there twice"),
