@@ -181,7 +181,7 @@ def _checked(
         over_max=sum(len(each.tags) > dataset.max_tags or not (each.tags or dataset.allow_none) for each in labels),
     )
     if not labels:
-        why = "; ".join(result.describe()) or "it has no row"
+        why = "; ".join(result.describe()) or "there are none"
         raise InputError(f"{where}: no label that can be used: {why}")
     return result
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -235,19 +233,27 @@ def test_a_sample_is_measured(shell: Shell, labels: Path) -> None:  # noqa: F811
     assert not rows[1] == rows[2] == rows[3]
 
 
-def test_reviewed_rows_are_the_labels(
-    shell: Shell,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    review = ModuleType("tagger.review")
-    review.__dict__["reviewed_labels"] = lambda dataset, connections: {1: ["fruit"], 2: ["animal"]}
-    monkeypatch.setitem(sys.modules, "tagger.review", review)
+def test_reviewed_rows_are_the_labels_and_cost_nothing(shell: Shell) -> None:  # noqa: F811
+    shell.project.put(3, "a tiger")
+    shell.project.run()
+    for row_id, tags in ((1, ["fruit"]), (2, ["animal"])):
+        review = "UPDATE note_tags SET reviewed_tags = :tags, reviewed_by = 'me', reviewed_at = snapshot_at"
+        shell.project.execute(f"{review} WHERE row_id = :id", id=row_id, tags=json.dumps(tags))
 
     assert shell.run("evaluate", "notes", "--reviewed", "--json") == 0
 
     found = figures(shell)
-    assert (found["labels"]["name"], found["quality"]["texts"]) == ("reviewed rows", 2)
+    assert (found["labels"]["name"], found["quality"]["texts"], found["requests"]) == ("reviewed rows", 2, 0)
     assert found["quality"]["exact_match"]["value"] == 0.5
+    assert [(case["row"], case["gold"]) for case in found["worst"]] == [("2", ["animal"])]
+
+
+def test_without_reviewed_rows_there_is_nothing_to_measure(shell: Shell) -> None:  # noqa: F811
+    shell.project.run()
+
+    assert shell.run("evaluate", "notes", "--reviewed") == 2
+
+    assert_complains(shell, "reviewed rows: no label that can be used: there are none")
 
 
 @pytest.mark.parametrize("arguments", [[], ["labels.csv", "--reviewed"]])

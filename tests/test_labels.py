@@ -203,7 +203,7 @@ def test_labels_that_no_answer_can_meet_are_counted(project: Project) -> None:
     ("content", "told"),
     [
         ("", "labels.csv: empty"),
-        ("text,tags\n", "no label that can be used: it has no row"),
+        ("text,tags\n", "no label that can be used: there are none"),
         ("text,tags\n,fruit\n", "no label that can be used: 1 row left out: no text"),
         ("text,labels\ns3cret,fruit\n", "found the columns `text`, `labels`; expected a column `tags` and"),
         ("body,tags\ns3cret,fruit\n", "found the columns `body`, `tags`; expected a column `tags` and"),
