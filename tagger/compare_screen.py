@@ -25,7 +25,10 @@ STAND_IN = "The offline stand-in answered, which is no LLM: these figures say no
 
 def verdict(found: "Comparison") -> str:
     """Return what to make of a comparison, in one sentence."""
-    said = _unlabelled(found) if found.difference is None else _labelled(found, found.difference)
+    if found.difference is None or not found.agreement.changed:
+        said = _changes(found)
+    else:
+        said = _labelled(found, found.difference)
     price = f"it costs {times} as much a text, and " if (times := _times(found)) else ""
     return f"{said}; {price}{_moving(found.moving)}."
 
@@ -65,11 +68,11 @@ def _rounded(count: float) -> str:
     return f"{float(f'{count:.2g}'):,.0f}"
 
 
-def _unlabelled(found: "Comparison") -> str:
+def _changes(found: "Comparison") -> str:
     agreed = found.agreement
     share = f"95 % interval {_percent(agreed.changed_low)} to {_percent(agreed.changed_high)}"
     if not agreed.changed:
-        return f"B changes none of the {agreed.texts:,} texts ({share}): it need not be asked for its tags' sake"
+        return f"B changes none of the {agreed.texts:,} texts ({share}): for its tags, neither is better"
     return (
         f"B changes {_percent(agreed.changed / agreed.texts)} of the {agreed.texts:,} texts ({share}): "
         "label some to know whether that is better"
