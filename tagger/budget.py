@@ -42,7 +42,7 @@ class Budget:
         """The least of the limits."""
         return min((limit for limit in (self.run, self.month) if limit is not None), default=None)
 
-    def problem(self, expected: Estimate) -> str | None:
+    def problem(self, expected: Estimate, *, is_trial: bool = False) -> str | None:
         """Return why the texts of an estimate are not to be asked, and what to do; None where the budget will do."""
         if self.total is None or expected.usd is None or expected.usd <= self.total - self.spent:
             return None
@@ -51,6 +51,8 @@ class Budget:
         one_run = ", give this run a `max_cost_usd` of its own (--max-cost-usd)" if limit == "max_cost_usd" else ""
         fitting = int(expected.texts * left / expected.usd)
         fewer = f", or let it ask fewer texts: `limit` {fitting} (--limit {fitting})" if fitting else ""
+        if is_trial:
+            fewer = ", or take fewer texts (--sample)"
         return (
             f"{BUDGET_REACHED}: {expected.texts:,} new texts would cost about {usd(expected.usd)}, and "
             f"`limits.{limit}` leaves this run {usd(left)}: none was asked. Raise `limits.{limit}`{one_run}{fewer}"

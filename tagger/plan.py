@@ -115,7 +115,7 @@ def plan(run: Run, connections: Connections) -> Plan:
             shards = write_shards(run, plan_id, asked, rows, dataset.shards)
     expected = _estimate(run, dataset, cache, asked.lengths, fastest)
     budget = budget_of(run, dataset) if asked.size else Budget(dataset.limits.max_cost_usd)
-    over = budget.problem(expected)
+    over = budget.problem(expected, is_trial=taken.is_trial)
     unasked = deferred
     if over and not options.dry_run:
         shards, unasked = [], deferred | _left_as_they_are(taken, why)

@@ -7,14 +7,15 @@ import logging
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from demo.stand_in import Reply, completion, error
 from tagger.evaluate import STAND_IN, Evaluation, describe, evaluate
-from tagger.evaluate_page import page
+from tagger.evaluate_page import page, write_page
 from tagger.labels import read_labels
+from tests.browser import Tab, chromium, needs_browser
 from tests.databases import REFUSAL, put_rows, teach
 from tests.project import Project
 from tests.test_cli import Shell, assert_complains, shell  # noqa: F401 - a fixture
@@ -344,6 +345,25 @@ def test_the_page_is_whole_and_needs_no_other_file(project: Project, labels: Pat
     assert not any({"src", "href", "style", "onload"} & attributes.keys() for _, attributes in found.seen)
     policy = next(a["content"] for _, a in found.seen if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None and policy.startswith("default-src 'none'; style-src 'sha256-")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_the_page_without_a_complaint(
+    project: Project, labels: Path, tmp_path: Path, scheme: Literal["light", "dark"]
+) -> None:
+    file = tmp_path / "page.html"
+    write_page(file, figures_of(project, labels))
+
+    with chromium() as browser:
+        tab = Tab(browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800}))
+        tab.page.goto(file.as_uri())
+        background = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        overflow = tab.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+    assert not tab.errors
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 31)"}[scheme]
+    assert overflow <= 0
 
 
 def test_the_page_has_the_figures_and_the_worst_cases_and_no_text(project: Project, labels: Path) -> None:

@@ -89,10 +89,11 @@ def test_a_refused_text_has_the_record_of_that(project: Project) -> None:
 
 
 def test_what_would_cost_more_than_the_cap_is_not_asked(project: Project) -> None:
-    with pytest.raises(RunFailed, match=r"budget reached: 3 new texts would cost about .* none was asked"):
+    with pytest.raises(RunFailed, match=r"budget reached: 3 new texts would cost about .* none was asked") as e:
         trial(project, TEXTS, max_cost_usd=1e-9)
 
     assert not project.llm.calls
+    assert "--sample" in str(e.value) and "--limit" not in str(e.value)
 
 
 def test_the_cap_is_instead_of_the_datasets(project: Project) -> None:
