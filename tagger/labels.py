@@ -7,6 +7,7 @@ is the number that a spreadsheet shows, the header being row 1; in Parquet the f
 import csv
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,9 @@ NO_TAG = "(none)"
 
 SHOWN = 5
 """Rows named where there may be many."""
+
+LONGEST_TAG = 64
+"""Characters: no id of a dataset file is longer."""
 
 LONGEST_CELL = 2**31 - 1
 
@@ -189,16 +193,26 @@ def _checked(
 def _unknown_tags(where: str, rows: list[_Row], known: set[str]) -> str:
     counts = Counter(tag for row in rows for tag in set(row.tags) - known)
     shown = ", ".join(f"{_tag_shown(tag)} {count:,}x" for tag, count in counts.most_common(10))
-    more = f" and {len(counts) - 10:,} more" if len(counts) > 10 else ""
+    if len(counts) > 10:
+        shown += f" and {len(counts) - 10:,} more"
+    # ids that nobody has heard of are named, but no texts that stand in the wrong column
+    if any(row.text is not None and row.text.strip() in known for row in rows):
+        shown = "none of its tags, but some in the column `text`; are the two columns swapped?"
+    elif len(counts) > max(10, len(known)):
+        shown = f"{len(counts):,} different values"
     return (
-        f"{where}: column `tags`: found tags that the dataset has not: {shown}{more} (first in row {rows[0].name}); "
+        f"{where}: column `tags`: found tags that the dataset has not: {shown} (first in row {rows[0].name}); "
         "expected ids of `tags` in the dataset file: mend them, or leave these rows out with `--ignore-unknown`"
     )
 
 
 def _tag_shown(tag: str) -> str:
-    # what is longer than any id is a text in the wrong column
-    return f"`{tag}`" if len(tag) <= 64 and tag.isprintable() else f"a value of {len(tag):,} characters"
+    return f"`{tag}`" if len(tag) <= LONGEST_TAG and tag.isprintable() else f"a value of {len(tag):,} characters"
+
+
+def _column_shown(name: str) -> str:
+    # a file without a header has a text there
+    return f"`{name}`" if re.fullmatch(r"[A-Za-z_][\w.-]{0,40}", name, re.ASCII) else "a name that is not shown"
 
 
 def _rows(count: int) -> str:
@@ -301,7 +315,7 @@ def _columns(path: Path, names: list[str]) -> list[str]:
     """Return those of the columns that are labels."""
     wanted: list[str] = [name for name in ("row_id", "text", "tags") if name in names]
     if "tags" not in wanted or len(wanted) < 2:
-        shown = ", ".join(_tag_shown(name) for name in names[:10])
+        shown = ", ".join(map(_column_shown, names[:10]))
         raise InputError(f"{path}: found the columns {shown}; expected a column `tags` and a column `text` or `row_id`")
     if twice := next((name for name in wanted if names.count(name) > 1), None):
         raise InputError(f"{path}: column `{twice}` is there twice; expected it once")

@@ -119,10 +119,17 @@ def test_unknown_tags_are_listed_with_their_counts(project: Project) -> None:
     assert "--ignore-unknown" in told
 
 
-def test_texts_in_the_wrong_column_are_not_shown_as_tags(project: Project) -> None:
-    told = complaint(project, f"tags,text\n{'s3cret ' * 20},fruit\n")
+def test_texts_in_the_wrong_column_are_not_shown(project: Project) -> None:
+    assert "are the two columns swapped?" in complaint(project, "tags,text\ns3cret 1,fruit\ns3cret 2,animal\n")
+    assert "a value of 139 characters 1x" in complaint(project, f"tags,text\n{'s3cret ' * 20},a note\n")
+    many = "".join(f"s3cret {n},a note\n" for n in range(11))
+    assert "has not: 11 different values (first in row 2)" in complaint(project, f"tags,text\n{many}")
 
-    assert "`tags`: found tags that the dataset has not: a value of 139 characters" in told
+
+def test_a_file_without_a_header_shows_no_text(project: Project) -> None:
+    told = complaint(project, "i like the s3cret apples,fruit\n果物s3cret,fruit\n")
+
+    assert "found the columns a name that is not shown, `fruit`; expected a column `tags`" in told
 
 
 def test_rows_with_unknown_tags_are_left_out_where_that_is_asked(project: Project) -> None:
