@@ -10,6 +10,7 @@ from pydantic import AwareDatetime, Field
 
 from tagger.cache import Cache
 from tagger.dataset import LLM, Dataset
+from tagger.drift import Drift, answers_of, find_drift
 from tagger.exceptions import RunFailed, StorageError
 from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
 from tagger.price import price_of, usd
@@ -33,6 +34,8 @@ class Summary(SummaryFigures):
     errors: dict[str, ErrorCount]
     attempts: list[Spend] = Field(default_factory=list)
     """Those that `cost_usd` is of."""
+    drift: list[Drift] = Field(default_factory=list)
+    """Shares of the newly answered texts that jumped, against the 28 days before."""
 
 
 class Finished(Counted):
@@ -110,12 +113,17 @@ def report(run: Run) -> Summary:
         saved_by_prompt_caching_usd=total_usd(_saved_by_prompt_caching(dataset.llm, spend) for spend in spends),
         seconds={step: round(value, 3) for step, value in seconds.items()},
         tags=loaded.tags if loaded else {},
+        review=loaded.review if loaded else 0,
+        **answers_of(outcomes, dataset.tag_ids)._asdict(),
         errors=errors,
         attempts=spends,
     )
+    summary = summary.model_copy(update={"drift": find_drift(run.storage, dataset, summary)})
     run.write("summary.json", summary)
     for line in describe(summary):
         logger.info("%s", line)
+    for shift in summary.drift:
+        logger.warning("drift: %s", shift)
     update_rollup(run.storage, dataset, taken.started_at)
     if reasons:
         raise RunFailed(f"{dataset.dataset}: {summary.reason}")
@@ -236,6 +244,8 @@ def describe(summary: Summary) -> list[str]:
     lines += [f"  saved    {_saved(s)}"] if s.total_saved_usd else []
     lines += ["  seconds  " + ", ".join(f"{step} {value:.1f}" for step, value in s.seconds.items())]
     lines += [f"  tags     {tags}"] if tags else []
+    lines += [f"  review   {s.review:,} rows wait for one: `tagger review export`"] if s.review else []
+    lines += [f"  drift    {shift}" for shift in s.drift]
     lines += [f"  errors   {errors}"] if errors else []
     return lines
 

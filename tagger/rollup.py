@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BeforeValidator
+from pydantic import AwareDatetime, BeforeValidator, Field
 
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, StorageError
@@ -25,7 +25,7 @@ from tagger.storage import Storage, Version
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when a rolled run holds more, or other things, so that all are read again."""
 
 TRIES = 3
@@ -93,6 +93,16 @@ class SummaryFigures(File):
     """What input that the endpoint had cached cost less than other input."""
     seconds: dict[str, float]
     tags: dict[str, int]
+    review: int = 0
+    """Rows of the target that wait for a review."""
+    answered: int | None = None
+    """New texts that the LLM answered, tagged or refused; None in a summary of before this was counted."""
+    answered_refused: int = 0
+    """Of the answered, as are the next two: those refused."""
+    answered_none: int = 0
+    """Tagged, with no tag."""
+    answered_tags: dict[str, int] = Field(default_factory=dict)
+    """By tag."""
 
     @property
     def total_saved_usd(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Mails about runs: that one failed, finished with failures, or is not finished in time.
+"""Mails about runs: that one failed, finished with failures or drift, or is not finished in time.
 
 No alert changes what becomes of a task: what goes wrong with a mail is logged.
 """
@@ -53,6 +53,10 @@ NEXT_STEP_BUDGET = (
     "DAG with another max_cost_usd, or with a limit."
 )
 NEXT_STEP_FAILURES = "Nothing: the next run asks for these texts again. Where refusals repeat, look at the rows named."
+NEXT_STEP_DRIFT = (
+    "Look at new rows with the tag named: if they are right, the texts changed, and nothing is to be done. If they are "
+    "wrong, look at what changed in the dataset file, the model or the source, and measure with `tagger evaluate`."
+)
 NEXT_STEP_LATE = (
     "See what it waits for: a run before it, a free slot of its pool, the LLM. It is not stopped, and mails again if "
     "it fails."
@@ -115,31 +119,53 @@ class RunFailedMail(BaseNotifier):
             url=ti.log_url,
             counts=_counts(summary) if summary else {},
             errors=summary.errors if summary else {},
+            drift=_drift(summary) if summary else [],
         )
 
 
-def finished_with_failures(summary: "Summary", context: Context, to: list[str]) -> None:
-    """Mail that a run succeeded, but that single texts failed. A backfill mails nothing."""
+def finished_with_warnings(summary: "Summary", context: Context, to: list[str]) -> None:
+    """Mail that a run succeeded, but that single texts failed or shares of tags jumped. A backfill mails nothing."""
     with _logged():
         from tagger.airflow.mails.smtp import send
 
         ti, dag_run = context["ti"], context["dag_run"]
-        if not to or not summary.failed or dag_run.run_type == "backfill":
+        if not to or not (summary.failed or summary.drift) or dag_run.run_type == "backfill":
             return
+        headlines, messages, next_steps = [], [], []
+        if summary.failed:
+            headlines.append("finished with failures")
+            of_all = f"{summary.failed:,} of {summary.texts:,} texts"
+            messages.append(f"{of_all} failed; the others are in the target table.")
+            next_steps.append(NEXT_STEP_FAILURES)
+        if summary.drift:
+            headlines.append(f"drift of {_names(summary)}")
+            messages.append("The tags of the newly answered texts are not spread as in the 28 days before.")
+            next_steps.append(NEXT_STEP_DRIFT)
         mail = Mail(
             dataset=summary.dataset,
             day=summary.day,
-            headline="finished with failures",
+            headline=", ".join(headlines),
             tone="warning",
-            message=f"{summary.failed:,} of {summary.texts:,} texts failed; the others are in the target table.",
+            message=" ".join(messages),
             facts=_facts(summary.run_id, dag_run.run_type),
-            next_step=NEXT_STEP_FAILURES,
+            next_step=" ".join(next_steps),
             page=f"Log of {ti.task_id}",
             url=ti.log_url,
             counts=_counts(summary),
             errors=summary.errors,
+            drift=_drift(summary),
         )
         send(mail, to)
+
+
+def _names(summary: "Summary") -> str:
+    """Return what jumped, in as few words as a subject has room for."""
+    names = [shift.name for shift in summary.drift]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _drift(summary: "Summary") -> list[str]:
+    return [str(shift) for shift in summary.drift]
 
 
 def deadline_alert(dataset: Dataset) -> DeadlineAlert | None:

@@ -14,7 +14,7 @@ from airflow.sdk import Asset, get_current_context
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from tagger.airflow import metrics
-from tagger.airflow.alerts import finished_with_failures
+from tagger.airflow.alerts import finished_with_warnings
 from tagger.airflow.connections import connections_from_airflow
 from tagger.airflow.mails import mails_off
 from tagger.dataset import Dataset
@@ -96,7 +96,7 @@ def report() -> dict[str, Any]:
         run = _run()
         with metrics.sent(run):
             summary = step.report(run)
-        finished_with_failures(summary, get_current_context(), run.dataset().alerts.to)
+        finished_with_warnings(summary, get_current_context(), run.dataset().alerts.to)
         counts = ("rows", "texts", "cached", "tagged", "refused", "failed", "skipped", "cost_usd", "saved_usd")
         return summary.model_dump(include=set(counts))
 

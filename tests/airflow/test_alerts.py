@@ -34,7 +34,7 @@ from airflow.triggers.callback import CallbackTrigger
 from demo.mail import MailCatcher
 from demo.processes import LOOPBACK
 from demo.stand_in import completion
-from tagger.airflow.alerts import DIED, RunFailedMail, deadline_alert, finished_with_failures
+from tagger.airflow.alerts import DIED, RunFailedMail, deadline_alert, finished_with_warnings
 from tagger.airflow.mails import mails_off
 from tagger.airflow.mails.smtp import RETRY_LIMIT, TIMEOUT_SECONDS, _Hook
 from tagger.dataset_files import parse_dataset
@@ -449,7 +449,7 @@ def test_failures_of_a_green_run_are_mailed(
 ) -> None:
     summary, _ = failed_run(project, monkeypatch, xcoms)
 
-    finished_with_failures(summary, context_of("report"), TO)
+    finished_with_warnings(summary, context_of("report"), TO)
 
     mail, plain, html = only(catcher)
     assert mail["subject"] == f"[tagger] notes, {summary.day}: finished with failures"
@@ -465,9 +465,9 @@ def test_failures_are_not_mailed_where_nobody_should_be_told(
 ) -> None:
     summary, _ = failed_run(project, monkeypatch, xcoms)
 
-    finished_with_failures(summary, context_of("report", run_type="backfill"), TO)
-    finished_with_failures(summary, context_of("report"), [])
-    finished_with_failures(summary.model_copy(update={"failed": 0}), context_of("report"), TO)
+    finished_with_warnings(summary, context_of("report", run_type="backfill"), TO)
+    finished_with_warnings(summary, context_of("report"), [])
+    finished_with_warnings(summary.model_copy(update={"failed": 0}), context_of("report"), TO)
 
     assert catcher.mails() == []
 

@@ -5,7 +5,7 @@ Importable without Airflow, so that `tagger check` can tell whether mails would 
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +24,8 @@ DEFAULT_CONN_ID = "smtp_default"
 class Mail:
     """What a mail tells of a run.
 
-    `facts` and `counts` are labels with what stands beside them; `errors` is the summary's. `url` is a page of
+    `facts` and `counts` are labels with what stands beside them; `errors` is the summary's, `drift`
+    a line for each share that jumped. `url` is a page of
     Airflow's UI, and `page` what is to be seen there.
     """
 
@@ -39,6 +40,7 @@ class Mail:
     url: str
     counts: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, "ErrorCount"] = field(default_factory=dict)
+    drift: Sequence[str] = ()
 
     @property
     def subject(self) -> str:
