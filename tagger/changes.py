@@ -16,11 +16,11 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.runs import TOO_LONG, IdType, Run
 from tagger.spec import normalise, spec_id, spec_of, text_key
-from tagger.tables import connecting, existing_target
+from tagger.tables import GONE, REVIEW, connecting, existing_target
 
 ROWS_A_QUERY = 1000
 
-GOOD = ("tagged", "refused")
+GOOD = ("tagged", "refused", REVIEW)
 """Statuses of target rows that are an answer to the present text."""
 
 PARTS = {
@@ -100,7 +100,8 @@ class TargetRows:
 
     def count(self) -> int:
         """Return the number of rows."""
-        rows: int = self._connection.execute(sa.select(sa.func.count()).select_from(self._table)).scalar_one()
+        query = sa.select(sa.func.count()).select_from(self._table).where(self._table.c.status != GONE)
+        rows: int = self._connection.execute(query).scalar_one()
         return rows
 
     def ids(self, statuses: Collection[str], *, but_spec: str | None = None) -> set[Any]:
@@ -117,7 +118,11 @@ class TargetRows:
         rows = sa.func.count()
         tagged_by = sa.func.max(sa.case((t.status.in_(GOOD), t.run_id)))
         query = sa.select(t.spec_id, rows, sa.func.count(t.cache_key.distinct()), tagged_by)
-        query = query.where(t.spec_id != spec, _not_too_long(t)).group_by(t.spec_id).order_by(rows.desc(), t.spec_id)
+        query = (
+            query.where(t.spec_id != spec, t.status != GONE, _not_too_long(t))
+            .group_by(t.spec_id)
+            .order_by(rows.desc(), t.spec_id)
+        )
         return [OlderSpec(*row) for row in self._connection.execute(query)]
 
     def held(self, row_ids: list[Any]) -> list[Held | None]:
@@ -162,7 +167,7 @@ def why_new(
                 key = known["key"][i]
                 if key in refused:
                     why = Why.REFUSED
-                elif held is None:
+                elif held is None or held.status == GONE:
                     why = Why.NEW_TEXT
                 elif held.status not in GOOD:
                     why = Why.UNANSWERED

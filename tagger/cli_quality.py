@@ -135,7 +135,59 @@ def _alone(path: Path) -> Dataset:
 
 
 def _add_review(add: Add) -> None:
-    """review."""
+    review = add("review", _review, "move rows to a CSV for people to correct, and their corrections back")
+    review.add_argument("direction", choices=["export", "import"], metavar="export|import")
+    review.add_argument("dataset", metavar="DATASET")
+    review.add_argument("file", type=Path, metavar="FILE", help="a CSV that spreadsheets open (UTF-8 with BOM)")
+    statuses = ["review", "tagged", "refused", "failed", "reviewed", "all"]
+    review.add_argument("--status", choices=statuses, help="export: the rows of this status (review)")
+    review.add_argument("--limit", type=_count, metavar="N", help="export: no more rows than this")
+    review.add_argument("--no-text", action="store_true", help="export: leave the texts out")
+    review.add_argument("--by", metavar="NAME", help="import: whose reviews they are, where the file does not say")
+    review.add_argument("--overwrite", action="store_true", help="import: replace what was reviewed since the export")
+    review.add_argument("--skip", action="store_true", help="import: leave out the rows that have a problem")
+
+
+def _review(options: argparse.Namespace, connections: Connections) -> None:
+    of_export = {"--status": options.status, "--limit": options.limit, "--no-text": options.no_text}
+    of_import = {"--by": options.by, "--overwrite": options.overwrite, "--skip": options.skip}
+    for name, given in (of_import if options.direction == "export" else of_export).items():
+        if given:
+            raise InputError(f"`{name}` does not go with `review {options.direction}`")
+    (_review_export if options.direction == "export" else _review_import)(options, connections)
+
+
+def _review_export(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.review import export_reviews
+
+    status = options.status or "review"
+    dataset, texts = _dataset(options.dataset), not options.no_text
+    rows = export_reviews(dataset, options.file, connections, status=status, limit=options.limit, texts=texts)
+    print(
+        f"{options.file}: {rows:,} rows ({status})"
+        + ("; it holds their texts: keep it as you keep the table" if texts and rows else "")
+    )
+    if rows:
+        print(
+            "put the right tags into `reviewed_tags` (`a; b`, or `(none)`), and bring it back: `tagger review import`"
+        )
+
+
+def _review_import(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.review import PROBLEMS_SHOWN, import_reviews
+
+    done = import_reviews(
+        _dataset(options.dataset),
+        options.file,
+        connections,
+        by=options.by,
+        overwrite=options.overwrite,
+        skip=options.skip,
+    )
+    told = f"{done.reviewed:,} rows reviewed, {done.cleared:,} reviews taken back, {done.unchanged:,} as they were"
+    print(f"{told}, {done.empty:,} without `reviewed_tags`, {len(done.problems):,} left out")
+    for problem in done.problems[:PROBLEMS_SHOWN]:
+        print(f"  {problem}")
 
 
 def _dataset(name: str) -> Dataset:

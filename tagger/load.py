@@ -24,14 +24,14 @@ from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
 from tagger.ledger import Latest, latest_outcomes, read_attempts
 from tagger.runs import TOO_LONG, IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
-from tagger.tables import connecting, existing_target, new_target, only_writer
+from tagger.tables import GONE, REVIEW, connecting, create_target, existing_target, is_reviewed, only_writer
 
 logger = logging.getLogger(__name__)
 
 RECORDS_A_READ = 5000
 """Cached records fetched at once: what bounds the memory where many are needed."""
 
-GOOD = ("tagged", "refused")
+GOOD = ("tagged", "refused", REVIEW)
 """Statuses that are an answer to the present text."""
 
 
@@ -45,6 +45,8 @@ class Answer(NamedTuple):
     tags: tuple[str, ...] | None = None
     model: str | None = None
     tagged_at: datetime | None = None
+    confidence: float | None = None
+    """Of the tag that the LLM is least sure of; None where it was not asked, or gave no tag."""
 
 
 BLANK = Answer("blank")
@@ -76,15 +78,17 @@ def load_back(run: Run, connections: Connections) -> Loaded:
         with only_writer(connection, dataset.target.table):
             target = existing_target(connection, dataset.target.table, taken.id_type)
             if target is None:
-                target = new_target(dataset.target.table, taken.id_type)
-                target.create(connection)
-        loading = Loading(connection, target, run.run_id, planned.spec_id, taken)
+                target = create_target(connection, dataset.target.table, taken.id_type)
+        loading = Loading(connection, target, run.run_id, planned.spec_id, taken, dataset.review_below)
         loading.stage(_staged(run, dataset, planned, taken.id_type, answers))
         damaged, damaged_row = loading.resolve(cache)
         with only_writer(connection, dataset.target.table):
             written = loading.write()
+            if dataset.confidence:
+                written += loading.judge_again()
             deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
             tags = loading.tag_counts()
+            to_review = loading.count(REVIEW)
     statuses = Counter("skipped" if answer is DEFERRED else answer.status for answer in answers.values())
     counts = {status: statuses[status] for status in ("tagged", "refused", "failed", "skipped", "pending")}
     loaded = Loaded(
@@ -95,6 +99,7 @@ def load_back(run: Run, connections: Connections) -> Loaded:
         damaged=damaged,
         damaged_row=damaged_row,
         tags=tags,
+        review=to_review,
         seconds=time.monotonic() - clock,
     )
     run.write("load.json", loaded)
@@ -146,13 +151,15 @@ def _of_outcome(outcome: Latest | None) -> Answer:
     if outcome.status == "failed":
         return Answer("failed", error=intern(f"{outcome.kind}: {outcome.error}"))
     tags = outcome.tags if outcome.status == "tagged" else None
-    return Answer(outcome.status, True, outcome.kind, tags, outcome.model, outcome.answered_at)
+    sure = min(outcome.confidence or (), default=None)
+    return Answer(outcome.status, True, outcome.kind, tags, outcome.model, outcome.answered_at, sure)
 
 
 def _of_record(record: Record) -> Answer:
     tags = tuple(map(intern, record.tags)) if record.status == "tagged" else None
     reason = None if record.reason is None else intern(record.reason)
-    return Answer(record.status, True, reason, tags, intern(record.model), record.created_at)
+    sure = min(record.confidence or (), default=None)
+    return Answer(record.status, True, reason, tags, intern(record.model), record.created_at, sure)
 
 
 def _staged(
@@ -171,7 +178,16 @@ def _staged(
 class Loading:
     """One load into a target table over one connection."""
 
-    def __init__(self, connection: sa.Connection, target: sa.Table, run_id: str, spec: str, taken: Snapshot) -> None:
+    def __init__(
+        self,
+        connection: sa.Connection,
+        target: sa.Table,
+        run_id: str,
+        spec: str,
+        taken: Snapshot,
+        review_below: float | None,
+    ) -> None:
+        self._review_below = review_below
         self._connection = connection
         self._target = target
         self._run_id = run_id
@@ -188,6 +204,7 @@ class Loading:
             sa.Column("tags", target.c.tags.type),
             sa.Column("model", sa.Text),
             sa.Column("tagged_at", target.c.tagged_at.type),
+            sa.Column("confidence", target.c.confidence.type),
             prefixes=["TEMPORARY"],
         )
 
@@ -236,11 +253,12 @@ class Loading:
 
         stage, target = self._stage, self._target
         insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[self._connection.dialect.name](target)
+        names = [name for name in target.columns.keys() if not name.startswith("reviewed_")]
         rows = (
             sa.select(
                 stage.c.row_id,
                 stage.c.tags,
-                stage.c.status,
+                sa.case((sa.and_(stage.c.status == "tagged", self._is_unsure(stage)), REVIEW), else_=stage.c.status),
                 stage.c.error,
                 sa.case((stage.c.answered, stage.c.key)),
                 sa.case((stage.c.answered, sa.literal(self._spec))),
@@ -248,24 +266,28 @@ class Loading:
                 stage.c.tagged_at,
                 sa.literal(self._taken.taken_at, target.c.snapshot_at.type),
                 sa.literal(self._run_id),
+                stage.c.confidence,
             )
             .where(stage.c.status.not_in(("cached", "deferred", "blank")))
             .order_by(stage.c.row_id)
         )
-        upsert = insert.from_select([column.name for column in target.columns], rows)
+        upsert = insert.from_select(names, rows)
         new = upsert.excluded
         answered = new.cache_key.is_not(None)
-        of_last_answer = ("tags", "cache_key", "spec_id", "model", "tagged_at")
+        of_last_answer = ("tags", "cache_key", "spec_id", "model", "tagged_at", "confidence")
+        # what somebody reviewed is in no doubt
+        status = sa.case((sa.and_(new.status == REVIEW, is_reviewed(target)), "tagged"), else_=new.status)
         upsert = upsert.on_conflict_do_update(
             index_elements=[target.c.row_id],
             set_={
-                **{name: new[name] for name in ("status", "error", "snapshot_at", "run_id")},
+                "status": status,
+                **{name: new[name] for name in ("error", "snapshot_at", "run_id")},
                 **{name: sa.case((answered, new[name]), else_=target.c[name]) for name in of_last_answer},
             },
             where=sa.and_(
                 target.c.snapshot_at <= new.snapshot_at,
                 sa.or_(
-                    target.c.status != new.status,
+                    target.c.status != status,
                     target.c.error.is_distinct_from(new.error),
                     sa.and_(answered, target.c.cache_key.is_distinct_from(new.cache_key)),
                 ),
@@ -273,33 +295,79 @@ class Loading:
         )
         return self._connection.execute(upsert.execution_options(preserve_rowcount=True)).rowcount
 
-    def delete(self, max_fraction: float) -> tuple[int, str | None]:
-        """Delete the rows whose text is blank, and with all rows taken those that are gone from the source.
+    def judge_again(self) -> int:
+        """Move rows whose answer the target has between `tagged` and `review`, as `review_below` says now.
 
-        Returns the number of rows deleted, and the problem if too many would have gone: then only blank ones went.
+        Returns how many were moved.
+        """
+        stage, target = self._stage, self._target
+        unchanged = sa.select(stage.c.row_id).where(stage.c.status == "cached")
+        status = sa.case((sa.and_(self._is_unsure(target), ~is_reviewed(target)), REVIEW), else_="tagged")
+        moved = target.update().where(
+            target.c.row_id.in_(unchanged),
+            target.c.status.in_(("tagged", REVIEW)),
+            target.c.status != status,
+            self._not_newer(),
+        )
+        return self._connection.execute(moved.values(status=status, **self._written())).rowcount
+
+    def _is_unsure(self, table: sa.Table) -> sa.ColumnElement[bool]:
+        if self._review_below is None:
+            return sa.false()
+        unsure: sa.ColumnElement[bool] = table.c.confidence < self._review_below
+        return unsure
+
+    def _not_newer(self) -> sa.ColumnElement[bool]:
+        not_newer: sa.ColumnElement[bool] = self._target.c.snapshot_at <= self._taken.taken_at
+        return not_newer
+
+    def _written(self) -> dict[str, Any]:
+        return {"snapshot_at": self._taken.taken_at, "run_id": self._run_id}
+
+    def delete(self, max_fraction: float) -> tuple[int, str | None]:
+        """Take out the rows whose text is blank, and with all rows taken those that are gone from the source.
+
+        They are deleted, but for those that were reviewed, which become `gone`. Returns the number of rows taken out,
+        and the problem if too many would have been: then only blank ones were.
         """
         target, stage = self._target, self._stage
-        not_newer = target.c.snapshot_at <= self._taken.taken_at
-        blank = sa.select(stage.c.row_id).where(stage.c.status == "blank")
-        deleted = self._connection.execute(target.delete().where(target.c.row_id.in_(blank), not_newer)).rowcount
+        there = target.c.status != GONE
+        # whose review was taken back
+        self._connection.execute(target.delete().where(~there, ~is_reviewed(target), self._not_newer()))
+        blank = target.c.row_id.in_(sa.select(stage.c.row_id).where(stage.c.status == "blank"))
+        deleted = self._take_out(sa.and_(blank, there, self._not_newer()))
         if self._taken.selection.rows != "all" or self._taken.rows == 0 or self._taken.options.limit is not None:
             return deleted, None
-        gone = sa.and_(~sa.exists().where(stage.c.row_id == target.c.row_id), not_newer)
+        gone = sa.and_(~sa.exists().where(stage.c.row_id == target.c.row_id), there, self._not_newer())
         count = self._connection.execute(sa.select(sa.func.count()).select_from(target).where(gone)).scalar_one()
-        total = self._connection.execute(sa.select(sa.func.count()).select_from(target)).scalar_one()
+        total = self._connection.execute(sa.select(sa.func.count()).select_from(target).where(there)).scalar_one()
         if count > max_fraction * total:
             return deleted, (
                 f"{count} of {total} rows of {target.fullname} are gone from the source, more than "
                 f"`limits.max_deleted_fraction` {max_fraction:g} allows: none of them was deleted; raise the limit for "
                 "one run if they are meant to go"
             )
-        return deleted + self._connection.execute(target.delete().where(gone)).rowcount, None
+        return deleted + self._take_out(gone), None
+
+    def _take_out(self, rows: sa.ColumnElement[bool]) -> int:
+        """Delete these rows, or if they hold a review, mark them as `gone`; return how many there were."""
+        target = self._target
+        marked = target.update().where(rows, is_reviewed(target)).values(status=GONE, error=None, **self._written())
+        kept = self._connection.execute(marked).rowcount
+        return kept + self._connection.execute(target.delete().where(rows, ~is_reviewed(target))).rowcount
+
+    def count(self, status: str) -> int:
+        """Return the number of the target's rows with a status."""
+        query = sa.select(sa.func.count()).select_from(self._target).where(self._target.c.status == status)
+        rows: int = self._connection.execute(query).scalar_one()
+        return rows
 
     def tag_counts(self) -> dict[str, int]:
         """Return the number of the target's rows by tag, most frequent first."""
         each = {"postgresql": sa.func.jsonb_array_elements_text, "sqlite": sa.func.json_each}
         tags = each[self._connection.dialect.name](self._target.c.tags).table_valued("value")
         count = sa.func.count()
-        query = sa.select(tags.c.value, count).select_from(self._target.join(tags, sa.true())).group_by(tags.c.value)
+        query = sa.select(tags.c.value, count).select_from(self._target.join(tags, sa.true()))
+        query = query.where(self._target.c.status != GONE).group_by(tags.c.value)
         rows = self._connection.execute(query.order_by(count.desc(), tags.c.value))
         return {str(tag): int(n) for tag, n in rows}

@@ -176,6 +176,8 @@ class Loaded(File):
     """A row with such a text, to name it by."""
     tags: dict[str, int]
     """Rows of the target by tag."""
+    review: int = 0
+    """Rows of the target that wait for a review."""
     seconds: float
 
 

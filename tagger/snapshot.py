@@ -58,7 +58,7 @@ def snapshot(
     engine = database(dataset.source.conn_id, connections)
     with connecting(engine, dataset.source.conn_id) as connection:
         source = SourceTable(connection, dataset)
-        taken_at = _database_time(connection)
+        taken_at = database_time(connection)
         unfinished, older = _target_ids(dataset, source.id_type, selection, options, connections)
         with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
             rows = 0
@@ -104,7 +104,8 @@ def _batches(rows: Iterable[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]
         yield batch
 
 
-def _database_time(connection: sa.Connection) -> datetime:
+def database_time(connection: sa.Connection) -> datetime:
+    """Return the database's time, in UTC."""
     if connection.dialect.name == "sqlite":
         now = connection.execute(sa.text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')")).scalar_one()
         return datetime.fromisoformat(now).replace(tzinfo=UTC)

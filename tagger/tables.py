@@ -148,8 +148,74 @@ def new_target(table: str, ids: IdType) -> sa.Table:
         sa.Column("tagged_at", UtcDateTime),
         sa.Column("snapshot_at", UtcDateTime, nullable=False),
         sa.Column("run_id", sa.Text, nullable=False),
+        sa.Column("confidence", sa.Float(53)),
+        sa.Column("reviewed_tags", json_type),
+        sa.Column("reviewed_by", sa.Text),
+        sa.Column("reviewed_at", UtcDateTime),
         schema=schema,
     )
+
+
+ADDED = ("confidence", "reviewed_tags", "reviewed_by", "reviewed_at")
+"""Columns that targets of before there were reviews lack."""
+
+REVIEW = "review"
+"""Status of a row whose tags the LLM was less sure of than `review_below`, until somebody reviewed it."""
+
+GONE = "gone"
+"""Status of a row that is gone from the source and stays for its review."""
+
+
+def is_reviewed(target: Any) -> sa.ColumnElement[bool]:
+    """Return whether a row of the target holds a review: `[]` is one."""
+    reviewed: sa.ColumnElement[bool] = target.c.reviewed_tags.is_not(sa.null())
+    return reviewed
+
+
+def create_target(connection: sa.Connection, table: str, ids: IdType) -> sa.Table:
+    """Make the target table and its view; return the table."""
+    target = new_target(table, ids)
+    target.create(connection)
+    _create_view(connection, target)
+    return target
+
+
+def complete_target(connection: sa.Connection, table: str) -> list[str]:
+    """Add to an existing target what it lacks of columns that came later, and its view; return what was added."""
+    found = reflect(connection, table)
+    if found is None:
+        return []
+    wanted = new_target(table, "integer")
+    prepare = connection.dialect.identifier_preparer
+    added = [name for name in ADDED if name not in found.columns]
+    for name in added:
+        definition = wanted.c[name].type.compile(connection.dialect)
+        name_in_sql = f"{prepare.format_table(found)} ADD COLUMN {prepare.quote(name)} {definition}"
+        connection.exec_driver_sql(f"ALTER TABLE {name_in_sql}")
+    made = [f"column {name}" for name in added]
+    if not sa.inspect(connection).has_table(f"{found.name}_effective", found.schema):
+        _create_view(connection, wanted)
+        made.append(f"view {table}_effective")
+    return made
+
+
+def _create_view(connection: sa.Connection, target: sa.Table) -> None:
+    """Make the view of the tags that count: a review's, else the LLM's."""
+    t = target.c
+    query = sa.select(
+        t.row_id,
+        sa.func.coalesce(t.reviewed_tags, t.tags).label("tags"),
+        sa.case((is_reviewed(target), sa.literal_column("'reviewed'")), else_=t.status).label("status"),
+        t.confidence,
+        t.model,
+        t.tagged_at,
+        t.reviewed_by,
+        t.reviewed_at,
+    ).where(t.status != sa.literal_column(f"'{GONE}'"))
+    view = sa.Table(f"{target.name}_effective", sa.MetaData(), schema=target.schema)
+    name = connection.dialect.identifier_preparer.format_table(view)
+    connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")  # SQLite keeps it when the table is dropped
+    connection.exec_driver_sql(f"CREATE VIEW {name} AS {query.compile(connection)}")
 
 
 def _jsonb() -> Any:
@@ -171,6 +237,11 @@ def existing_target(connection: sa.Connection, table: str, ids: IdType) -> sa.Ta
     wanted = new_target(table, ids)
     missing = [f"`{name}`" for name in wanted.columns.keys() if name not in found.columns]
     problem = None
+    if missing and all(name.strip("`") in ADDED for name in missing):
+        raise InputError(
+            f"`target.table`: table {table} has no column {', '.join(missing)}: `tagger check DATASET --create` adds "
+            "what later versions have"
+        )
     if missing:
         problem = f"has no column {', '.join(missing)}"
     elif [column.name for column in found.primary_key] != ["row_id"]:

@@ -98,6 +98,10 @@ def test_the_target_is_made_as_designed_on_postgresql(postgres: Project, source:
         "tagged_at": (time_type, True),
         "snapshot_at": (time_type, False),
         "run_id": ("TEXT", False),
+        "confidence": ("DOUBLE PRECISION", True),
+        "reviewed_tags": ("JSONB", True),
+        "reviewed_by": ("TEXT", True),
+        "reviewed_at": (time_type, True),
     }
     assert sa.inspect(postgres.engine).get_pk_constraint("note_tags")["constrained_columns"] == ["row_id"]
 
@@ -116,6 +120,10 @@ def test_the_target_is_made_as_designed_on_sqlite(project: Project) -> None:
         "tagged_at": "DATETIME",
         "snapshot_at": "DATETIME",
         "run_id": "TEXT",
+        "confidence": "FLOAT",
+        "reviewed_tags": "JSON",
+        "reviewed_by": "TEXT",
+        "reviewed_at": "DATETIME",
     }
     assert sa.inspect(project.engine).get_pk_constraint("note_tags")["constrained_columns"] == ["row_id"]
 
@@ -174,6 +182,7 @@ def test_a_target_whose_ids_are_not_unique_is_refused(either: Project) -> None:
     either.run()
     either.execute("CREATE TABLE copied AS SELECT * FROM note_tags")
     run = tagged(either, "one")
+    either.execute("DROP VIEW note_tags_effective")
     either.execute("DROP TABLE note_tags")
     either.execute("ALTER TABLE copied RENAME TO note_tags")
 
@@ -683,6 +692,7 @@ def test_a_target_is_filled_from_the_cache_a_part_at_a_time(either: Project, mon
     monkeypatch.setattr("tagger.load.RECORDS_A_READ", 2)
     put_rows(either, {number: f"apple {number % 5}" for number in range(7)})
     either.run()
+    either.execute("DROP VIEW note_tags_effective")
     either.execute("DROP TABLE note_tags")
     damage(either, "apple 3")
 
