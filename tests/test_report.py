@@ -538,7 +538,8 @@ def test_the_summary_has_all_that_the_design_names_and_is_written(project: Proje
         *("llm_requests", "input_tokens", "cached_input_tokens", "output_tokens"),
         *("estimate", "estimated_usd", "estimate_error", "cost_usd", "earlier_plans_usd"),
         *("saved_usd", "saved_by_duplicates_usd", "saved_by_batch_usd", "saved_by_prompt_caching_usd"),
-        *("seconds", "tags", "errors", "attempts"),
+        *("seconds", "tags", "review", "answered", "answered_refused", "answered_none", "answered_tags"),
+        *("errors", "attempts", "drift"),
     ]
     assert project.summary(project.open("one")) == summary
     assert (summary.dataset, summary.run_id, summary.mode, summary.state) == ("notes", "one", "online", "success")

@@ -38,11 +38,14 @@ from tagger.airflow.alerts import DIED, RunFailedMail, deadline_alert, finished_
 from tagger.airflow.mails import mails_off
 from tagger.airflow.mails.smtp import RETRY_LIMIT, TIMEOUT_SECONDS, _Hook
 from tagger.dataset_files import parse_dataset
+from tagger.drift import Drift
 from tagger.exceptions import BUDGET_REACHED, RunFailed, Unreachable
 from tagger.report import Summary
 from tests.databases import teach
 from tests.project import MINIMAL, Project, merged
 from tests.servers import Authority
+from tests.test_drift import run_seven
+from tests.test_history import summary
 
 TO = ["team@example.com", "night@example.com"]
 NIGHT = datetime(2026, 11, 21, 16, tzinfo=UTC)
@@ -470,6 +473,49 @@ def test_failures_are_not_mailed_where_nobody_should_be_told(
     finished_with_warnings(summary.model_copy(update={"failed": 0}), context_of("report"), TO)
 
     assert catcher.mails() == []
+
+
+DRIFT = [
+    Drift(what="tag", tag=tag, share=0.31, before=0.12, p=0.0003, texts=210, spec_changed=True)
+    for tag in ("cardiology", "<b>surgery", "oncology", "dentistry")
+]
+
+
+def test_drift_of_a_green_run_is_mailed(catcher: MailCatcher) -> None:
+    told = summary("one", NIGHT, failed=0, drift=[DRIFT[0]])
+
+    finished_with_warnings(told, context_of("report"), TO)
+
+    mail, plain, html = only(catcher)
+    assert mail["subject"] == "[tagger] notes, 2026-11-30: drift of tag cardiology"
+    for part in (plain, html):
+        words = " ".join(part.split())
+        assert "tag cardiology on 31 % of 210 new texts, 12 % in the 28 days before (p = 0.0003); the spec" in words
+        assert "Look at new rows with the tag named" in words
+        assert "failed;" not in words
+
+
+def test_drift_that_a_report_found_is_mailed(catcher: MailCatcher, project: Project) -> None:
+    finished_with_warnings(run_seven(project), context_of("report"), TO)
+
+    mail, plain, html = only(catcher)
+    assert mail["subject"].split(": ", 1)[1].startswith("drift of tag fruit")
+    for part in (plain, html):
+        assert "tag fruit on 92 % of 60 new texts, 33 % in the 28 days before (p" in " ".join(part.split())
+
+
+def test_failures_and_drift_are_one_mail(catcher: MailCatcher) -> None:
+    finished_with_warnings(summary("one", NIGHT, failed=2, drift=DRIFT), context_of("report"), TO)
+
+    mail, plain, html = only(catcher)
+    assert " ".join(mail["subject"].split()) == (
+        "[tagger] notes, 2026-11-30: finished with failures, drift of tag cardiology, tag <b>surgery, tag oncology "
+        "and 1 more"
+    )
+    for part in (plain, html):
+        assert "2 of 10 texts failed" in part
+        assert "dentistry on 31 %" in " ".join(part.split())
+    assert "<b>" not in html
 
 
 def test_fault_in_a_mail_does_not_reach_the_task(catcher: MailCatcher, caplog: pytest.LogCaptureFixture) -> None:
