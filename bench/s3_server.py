@@ -4,8 +4,8 @@ Path style, any credentials. Objects (PUT with If-None-Match, GET with Range, HE
 versions of the listing, multipart uploads, buckets (made by their first use). The rest is 501 and counted as `Other`.
 
 Ours are `GET /_stats`, `POST /_reset` (counters), `POST /_clear` (all objects), `POST /_behave`, which takes `latency`
-(seconds before S3's requests are answered), and `POST /_seed`, which takes `bucket`, `keys_file` (one object key a line)
-and `body`, and makes all of them exist with that one body.
+(seconds before S3's requests are answered), and `POST /_seed`, which takes `bucket`, `keys_file` (one object key a
+line) and `body`, and makes all of them exist with that one body.
 """
 
 import asyncio
