@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tagger.price import usd
 
 if TYPE_CHECKING:
-    from tagger.compare import Comparison, Difference, Moving
+    from tagger.comparison import Comparison, Difference, Moving
     from tagger.quality import Value
 
 SURE = 0.05

@@ -26,8 +26,9 @@ from sklearn.metrics import (  # type: ignore[import-untyped]
 
 from demo.stand_in import StandIn, completion, error, token_usage
 from tagger.agreement import agreement, mcnemar
-from tagger.compare import Candidate, Comparison, compare
+from tagger.compare import Candidate, compare
 from tagger.compare_screen import describe, verdict
+from tagger.comparison import Comparison
 from tagger.dataset import Dataset
 from tagger.dataset_files import parse_dataset
 from tagger.exceptions import InputError, RunFailed
