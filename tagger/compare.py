@@ -156,6 +156,7 @@ def _labelled(
         "tags": [tag for tag in a.dataset.tags if tag.id in common],
         "max_tags": max(a.dataset.max_tags, b.dataset.max_tags),
         "allow_none": a.dataset.allow_none or b.dataset.allow_none,
+        "examples": [*a.dataset.examples, *b.dataset.examples],
     }
     try:
         read = read_labels(

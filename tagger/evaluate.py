@@ -37,6 +37,7 @@ class LabelCounts(Figures):
     used: int
     unknown_rows: int
     blank: int
+    examples: int
     absent: int
     repeated: int
     disagreeing: list[list[str]]
@@ -204,6 +205,7 @@ def _counts(labels: Labels, name: str) -> LabelCounts:
         used=len(labels.labels),
         unknown_rows=labels.unknown_rows,
         blank=labels.blank,
+        examples=labels.examples,
         absent=len(labels.absent),
         repeated=labels.repeated,
         disagreeing=labels.disagreeing,

@@ -60,6 +60,8 @@ class Labels:
     """Left out for a tag that the dataset has not."""
     blank: int = 0
     """Left out for want of a text."""
+    examples: int = 0
+    """Left out, for the prompt shows their text to the LLM, with its tags."""
     absent: list[str] = field(default_factory=list)
     """Ids that the source lacks."""
     repeated: int = 0
@@ -82,6 +84,8 @@ class Labels:
             lines.append(f"{_rows(self.unknown_rows)} left out: tags that the dataset has not")
         if self.blank:
             lines.append(f"{_rows(self.blank)} left out: no text")
+        if self.examples:
+            lines.append(f"{_rows(self.examples)} left out: an example of the dataset file")
         if self.absent:
             lines.append(f"{_rows(len(self.absent))} left out: not in the source ({_some(self.absent)})")
         if self.repeated:
@@ -163,6 +167,8 @@ def _checked(
     for row in found:
         if row.text is not None and (same := normalise(row.text)):
             groups.setdefault(same, []).append(Label(row.name, row.text, frozenset(row.tags)))
+    with_text = sum(map(len, groups.values()))
+    examples = sum(len(groups.pop(normalise(example.text), ())) for example in dataset.examples)
     labels, disagreeing, repeated = [], [], 0
     for group in groups.values():
         distinct = {label.tags: label for label in reversed(group)}
@@ -177,7 +183,8 @@ def _checked(
         labels=labels,
         rows=len(rows),
         unknown_rows=len(unknown),
-        blank=len(usable) - len(absent) - sum(map(len, groups.values())),
+        blank=len(usable) - len(absent) - with_text,
+        examples=examples,
         absent=absent,
         repeated=repeated,
         disagreeing=disagreeing,

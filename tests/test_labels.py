@@ -189,6 +189,15 @@ def test_labels_that_disagree_are_kept_where_that_is_asked(project: Project) -> 
     assert "3 rows kept: different tags for one text" in labels.describe()[0]
 
 
+def test_a_text_that_the_prompt_shows_with_its_tags_measures_nothing(project: Project) -> None:
+    project.change(examples=[{"text": "An ａpple ", "tags": ["fruit"]}, {"text": "unlabelled", "tags": []}])
+
+    labels = read(project, "text,tags\nAn apple,fruit\nAn apple,animal\na zebra,animal\n")
+
+    assert (tags(labels), labels.examples, labels.disagreeing) == ([{"animal"}], 2, [])
+    assert labels.describe() == ["2 rows left out: an example of the dataset file"]
+
+
 def test_every_row_is_used_or_counted(project: Project) -> None:
     put_rows(project, {1: "an apple", 2: "an apple", 3: None, 4: "x", 5: "x", 6: "y"})
     rows = "1,fruit\n2,fruit\n3,fruit\n4,fruit\n5,animal\n6,what\n99,fruit\n,fruit\n"
