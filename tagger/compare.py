@@ -173,7 +173,7 @@ def _labelled(
     drawn = read.sample(size, seed).labels
     rows = [Row(label.row, label.text, label.tags) for label in drawn]
     of = f" of {len(read.labels):,}, drawn at random (seed {seed})" if len(rows) < len(read.labels) else ""
-    return Rows(rows, f"{len(rows):,} labels{of}, from {labels}", False, read.describe())
+    return Rows(rows, f"{len(rows):,} labels{of}, from {labels.name}", False, read.describe())
 
 
 def _ask(

@@ -39,7 +39,7 @@ def test_the_shards_wait_side_by_side(batches: Shell) -> None:
 
 def test_a_run_waits_for_the_batches_of_another(batches: Shell) -> None:
     llm = batches.project.llm
-    llm.script_batches(Fate(delay=2.0))
+    llm.script_batches(Fate(delay=8.0))
     with script_at_work(batches, "run", "notes", "--all") as process:
         until = time.monotonic() + 60
         while not llm.submitted:

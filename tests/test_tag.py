@@ -1152,6 +1152,7 @@ def test_the_record_has_this_form(project: Project, llm: StandIn) -> None:
         "status": "tagged",
         "reason": None,
         "tags": ["animal"],
+        "confidence": None,
         "model": "gpt-5-mini-2025-08-07",
         "usage": {"input": 1200, "cached_input": 1024, "output": 8},
         "cost_usd": pytest.approx((176 * 1.0 + 1024 * 0.1 + 8 * 10.0) / 1e6),
