@@ -118,7 +118,10 @@ def main() -> int:
     parser.add_argument("--model", default=STAND_IN_MODEL)
     options = parser.parse_args(arguments[:split])
     out: Path = options.out.absolute()
-    convert(options.set, options.folder, out, options.model)
+    try:
+        convert(options.set, options.folder, out, options.model)
+    except OSError as e:
+        parser.error(f"{e.filename}: {e.strerror}; FOLDER has to hold the set's own files")
     command = arguments[split + 1 :]
     return _beside_servers(command, out) if command else 0
 
