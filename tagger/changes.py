@@ -136,7 +136,7 @@ class TargetRows:
     def largest_run(self, spec: str) -> str | None:
         """Return the run that tagged most rows under `spec`."""
         t = self._table.c
-        query = sa.select(t.run_id).where(t.spec_id == spec, t.status == "tagged").group_by(t.run_id)
+        query = sa.select(t.run_id).where(t.spec_id == spec, t.status.in_(("tagged", REVIEW))).group_by(t.run_id)
         run_id: str | None = self._connection.execute(query.order_by(sa.func.count().desc()).limit(1)).scalar()
         return run_id
 

@@ -15,7 +15,7 @@ from tagger.redis_connection import ping_redis, redis_client
 from tagger.snapshot import SourceTable
 from tagger.spec import spec_id
 from tagger.storage import Storage
-from tagger.tables import complete_target, connecting, create_target, existing_target
+from tagger.tables import complete_target, connecting, create_target, existing_target, has_view
 
 
 def check(dataset: Dataset, connections: Connections, *, create: bool = False) -> Iterator[str]:
@@ -30,11 +30,13 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
         ids = SourceTable(connection, dataset).id_type
     yield f"source {source.table}: there, its ids are {ids}"
     with connecting(database(dataset.target_conn_id, connections), dataset.target_conn_id) as connection:
-        for added in complete_target(connection, dataset.target.table) if create else ():
+        for added in complete_target(connection, dataset.target.table, ids) if create else ():
             yield f"target {dataset.target.table}: {added} made"
         connection.commit()
         if existing_target(connection, dataset.target.table, ids) is not None:
-            yield f"target {dataset.target.table}: there"
+            viewed = has_view(connection, dataset.target.table)
+            without = f", but not its view {dataset.target.table}_effective; `--create` makes it"
+            yield f"target {dataset.target.table}: there{'' if viewed else without}"
         elif create:
             create_target(connection, dataset.target.table, ids)
             connection.commit()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,9 @@ def _review_export(options: argparse.Namespace, connections: Connections) -> Non
     status = options.status or "review"
     dataset, texts = _dataset(options.dataset), not options.no_text
     rows = export_reviews(dataset, options.file, connections, status=status, limit=options.limit, texts=texts)
-    print(
-        f"{options.file}: {rows:,} rows ({status})"
-        + ("; it holds their texts: keep it as you keep the table" if texts and rows else "")
-    )
+    print(f"{options.file}: {rows:,} rows ({status})")
+    if texts and rows:
+        print(f"{options.file} holds the rows' texts: keep it as you keep the table", file=sys.stderr)
     if rows:
         print(
             "put the right tags into `reviewed_tags` (`a; b`, or `(none)`), and bring it back: `tagger review import`"
@@ -185,7 +185,8 @@ def _review_import(options: argparse.Namespace, connections: Connections) -> Non
         skip=options.skip,
     )
     told = f"{done.reviewed:,} rows reviewed, {done.cleared:,} reviews taken back, {done.unchanged:,} as they were"
-    print(f"{told}, {done.empty:,} without `reviewed_tags`, {len(done.problems):,} left out")
+    repeated = f", {done.repeated:,} there before in the file" if done.repeated else ""
+    print(f"{told}{repeated}, {done.empty:,} without `reviewed_tags`, {len(done.problems):,} left out")
     for problem in done.problems[:PROBLEMS_SHOWN]:
         print(f"  {problem}")
 

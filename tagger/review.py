@@ -1,18 +1,18 @@
 """Reviews: what people say the tags should be, kept in the target beside what the LLM says, out to a CSV and back.
 
-No run writes a review. A row is reviewed when its `reviewed_tags` is not NULL; `[]` says that no tag fits.
+No run writes a review. `reviewed_tags` of `[]` say that no tag fits. A reviewer is not held to `max_tags` and
+`allow_none`, which are rules for the LLM's answers.
 """
 
 import csv
 import getpass
-import json
+import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,23 +22,23 @@ import sqlalchemy as sa
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
+from tagger.review_file import CLEAR, COLUMNS, are_tags, cell_of, read_rows, shown, tags_of_cell, writing
 from tagger.runs import IdType
 from tagger.snapshot import SourceTable, database_time
-from tagger.tables import GONE, REVIEW, connecting, existing_target, id_type, is_reviewed, only_writer, reflect
-
-COLUMNS = ("row_id", "text", "tags", "confidence", "status", "reviewed_tags", "reviewed_by", "reviewed_at")
-
-NO_TAG = "(none)"
-"""How a cell says that no tag fits."""
-
-CLEAR = "(clear)"
-"""How a cell says that a review is taken back."""
+from tagger.tables import (
+    GONE,
+    REVIEW,
+    connecting,
+    existing_target,
+    has_reviewed_tags,
+    id_type,
+    is_reviewed,
+    only_writer,
+    reflect,
+)
 
 STATUSES = (REVIEW, "tagged", "refused", "failed", "reviewed", "all")
 """What can be exported; `reviewed` are the rows that hold a review, whatever their status."""
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How cells begin that a spreadsheet takes for a formula."""
 
 PROBLEMS_SHOWN = 20
 ROWS_A_QUERY = 500
@@ -62,6 +62,8 @@ class Imported:
     cleared: int = 0
     unchanged: int = 0
     """They say what the target has."""
+    repeated: int = 0
+    """The same row with the same tags stood there before."""
     empty: int = 0
     problems: list[str] = field(default_factory=list)
     """Rows that were not taken, and why."""
@@ -79,12 +81,12 @@ def export_reviews(
     """Write rows of the target to a CSV for a spreadsheet, in the order of their ids; return how many.
 
     The texts come from the source. The file is UTF-8 with a byte order mark, so that Excel shows Japanese; cells that
-    begin like a formula begin with an apostrophe.
+    begin like a formula begin with an apostrophe. Texts are cut after `LONGEST_TEXT` characters.
 
     Raises:
         InputError: there is no target table, or the file cannot be written.
     """
-    with _target(dataset, connections) as (connection, target, ids), _writing(file) as out:
+    with _target(dataset, connections) as (connection, target, ids), writing(file) as out:
         columns = [target.c[name] for name in COLUMNS if name != "text"]
         query = sa.select(*columns).where(_wanted(target, status)).order_by(target.c.row_id).limit(limit)
         rows = iter(connection.execution_options(yield_per=ROWS_A_QUERY).execute(query).mappings())
@@ -96,7 +98,7 @@ def export_reviews(
             found = _texts(dataset, [row["row_id"] for row in part], ids, connections) if texts else {}
             for row in part:
                 cells = {**row, "text": found.get(str(row["row_id"]), "")}
-                writer.writerow([_cell(name, cells[name]) for name in names])
+                writer.writerow([cell_of(name, cells[name]) for name in names])
             written += len(part)
     return written
 
@@ -127,18 +129,27 @@ def import_reviews(
             if done.problems and not skip:
                 raise InputError("\n".join(_told(file, done.problems)))
             for row in changes:
-                connection.execute(_update(target, row, now))
+                connection.execute(_update(target, row, now, dataset.review_below))
     done.reviewed = sum(row.tags is not None for row in changes)
     done.cleared = len(changes) - done.reviewed
     return done
 
 
 def reviewed_labels(dataset: Dataset, connections: Connections) -> dict[Any, list[str]]:
-    """Return the reviewed tags of the rows that are reviewed and still in the source, by row id."""
+    """Return the reviewed tags of the rows that have such and are still in the source, by row id.
+
+    Raises:
+        InputError: there is no target table, or another program wrote what are no tags.
+    """
     with _target(dataset, connections) as (connection, target, _):
-        query = sa.select(target.c.row_id, target.c.reviewed_tags).where(is_reviewed(target), target.c.status != GONE)
-        rows = connection.execute(query.order_by(target.c.row_id))
-        return {str(row_id) if isinstance(row_id, uuid.UUID) else row_id: list(tags) for row_id, tags in rows}
+        t = target.c
+        query = sa.select(t.row_id, t.reviewed_tags).where(has_reviewed_tags(target), t.status != GONE)
+        labels = {}
+        for row_id, tags in connection.execute(query.order_by(t.row_id)):
+            if not are_tags(tags):
+                raise InputError(f"table {target.fullname}: row_id {row_id}: `reviewed_tags` is no JSON array of tags")
+            labels[str(row_id) if isinstance(row_id, uuid.UUID) else row_id] = tags
+        return labels
 
 
 @contextmanager
@@ -157,20 +168,6 @@ def _target(dataset: Dataset, connections: Connections) -> Iterator[tuple[sa.Con
         yield connection, target, ids
 
 
-@contextmanager
-def _writing(file: Path) -> Iterator[Any]:
-    """Write a text file whole or not at all."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8-sig", errors="replace", newline="") as out:
-            yield out
-        unfinished.replace(file)
-    except OSError as e:
-        raise InputError(f"{file}: cannot be written: {e.strerror or type(e).__name__}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _wanted(target: sa.Table, status: str) -> sa.ColumnElement[bool]:
     if status == "all":
         return target.c.status != GONE
@@ -185,48 +182,6 @@ def _texts(dataset: Dataset, row_ids: list[Any], ids: IdType, connections: Conne
         return {str(row_id): text for row_id, text in source.texts(asked).items()}
 
 
-def _cell(name: str, value: Any) -> str | float:
-    if value is None:
-        return ""
-    if name == "confidence":
-        return float(value)
-    if name in ("tags", "reviewed_tags"):
-        value = tags_in_cell(value)
-    elif isinstance(value, datetime):
-        value = value.isoformat()
-    elif isinstance(value, int):
-        return value
-    text = str(value)
-    # one apostrophe more where there is one, so that reading takes off none that was there
-    return f"'{text}" if text.lstrip("'").startswith(FORMULA) else text
-
-
-def tags_in_cell(tags: Sequence[str]) -> str:
-    """Return tags as they stand in a cell: `a; b`, or as JSON where that would not come back the same."""
-    if not tags:
-        return NO_TAG
-    plain = "; ".join(tags)
-    reads_the_same = not plain.startswith("[") and plain != CLEAR and _parsed(plain) == list(tags)
-    return plain if reads_the_same else json.dumps(list(tags), ensure_ascii=False)
-
-
-def _parsed(cell: str) -> list[str]:
-    """Return the tags of a cell; raises ValueError where it is broken JSON."""
-    if cell == NO_TAG:
-        return []
-    if cell.startswith("["):
-        tags = json.loads(cell)
-        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-            raise ValueError
-        return tags
-    return [tag.strip() for tag in cell.split(";") if tag.strip()]
-
-
-def _read(cell: str | None) -> str:
-    cell = cell or ""
-    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA) else cell
-
-
 def _told(file: Path, problems: list[str]) -> Iterator[str]:
     yield f"{file}: {len(problems)} rows cannot be taken, so none was (`--skip` takes the others)"
     yield from (f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
@@ -238,7 +193,7 @@ def _rows(file: Path, dataset: Dataset, ids: IdType, by: str | None, done: Impor
     """Return the filled rows, each once; what is wrong with one goes into `done.problems`."""
     filled: dict[Any, _Row] = {}
     twice: Counter[Any] = Counter()
-    for number, cells in _lines(file):
+    for number, cells in read_rows(file):
         cell = cells["reviewed_tags"].strip()
         if not cell:
             done.empty += 1
@@ -246,11 +201,14 @@ def _rows(file: Path, dataset: Dataset, ids: IdType, by: str | None, done: Impor
         try:
             row = _row(dataset, ids, cells, cell, by)
         except ValueError as e:
-            done.problems.append(f"row {number} (row_id {cells['row_id']}): {e}")
+            done.problems.append(f"row {number}: {e}")
             continue
-        if row.row_id in filled and filled[row.row_id].tags != row.tags:
+        if row.row_id not in filled:
+            filled[row.row_id] = row
+        elif filled[row.row_id].tags == row.tags:
+            done.repeated += 1
+        else:
             twice[row.row_id] += 1
-        filled[row.row_id] = row
     for row_id in twice:
         del filled[row_id]
         done.problems.append(f"row_id {row_id}: stands there twice with different `reviewed_tags`")
@@ -258,23 +216,39 @@ def _rows(file: Path, dataset: Dataset, ids: IdType, by: str | None, done: Impor
 
 
 def _row(dataset: Dataset, ids: IdType, cells: dict[str, str], cell: str, by: str | None) -> _Row:
-    tags = None
-    if cell != CLEAR:
-        try:
-            tags = _parsed(cell)
-        except ValueError:
-            raise ValueError("`reviewed_tags` is no list of tags such as `a; b` or a JSON array") from None
-        if unknown := [tag for tag in tags if tag not in dataset.tag_ids]:
-            raise ValueError(f"`reviewed_tags`: the dataset has no tag `{unknown[0]}`")
-        if len(set(tags)) < len(tags):
-            raise ValueError("`reviewed_tags`: a tag twice")
+    if "" in cells:
+        raise ValueError("it has more cells than the header: is a text there without its quotes?")
     seen = cells.get("reviewed_at", "").strip()
     try:
-        row_id: Any = {"integer": int, "uuid": uuid.UUID, "text": str}[ids](cells["row_id"])
+        row_id = _id(ids, cells["row_id"])
         seen_at = datetime.fromisoformat(seen) if seen else None
     except ValueError:
         raise ValueError("`row_id` or `reviewed_at` is not as it was exported") from None
+    tags = None
+    if cell != CLEAR:
+        try:
+            tags = tags_of_cell(cell)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"row_id {shown(row_id)}: `reviewed_tags` is no list of tags such as `a; b` or a JSON array"
+            ) from None
+        if unknown := [tag for tag in tags if tag not in dataset.tag_ids]:
+            raise ValueError(f"row_id {shown(row_id)}: `reviewed_tags`: the dataset has no tag `{shown(unknown[0])}`")
+        if len(set(tags)) < len(tags):
+            raise ValueError(f"row_id {shown(row_id)}: `reviewed_tags`: a tag twice")
     return _Row(row_id, tags, cells.get("reviewed_by", "").strip() or by or _user(), seen_at)
+
+
+def _id(ids: IdType, cell: str) -> Any:
+    """Return a row id as the target has it; raises ValueError where it can be none."""
+    if ids == "text":
+        return cell
+    cell = cell.strip().removeprefix("'")
+    if ids == "uuid":
+        return uuid.UUID(cell)
+    if not re.fullmatch(r"-?[0-9]{1,19}", cell) or not -(2**63) <= int(cell) < 2**63:
+        raise ValueError
+    return int(cell)
 
 
 def _user() -> str:
@@ -282,26 +256,6 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):
         return "unknown"
-
-
-def _lines(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield number and cells of a CSV's rows, as a spreadsheet numbers them."""
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise InputError(f"{file}: cannot be read: {e.strerror or type(e).__name__}") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: byte {e.start} is not UTF-8: save it as `CSV UTF-8`, as it was exported") from None
-    header = content.partition("\n")[0]
-    reader = csv.reader(StringIO(content, newline=""), delimiter=max(",;\t", key=header.count))
-    csv.field_size_limit(2**31 - 1)
-    names = [name.strip() for name in next(reader, [])]
-    if missing := [f"`{name}`" for name in ("row_id", "reviewed_tags") if name not in names]:
-        raise InputError(f"{file}: has no column {', '.join(missing)} (it has {', '.join(names) or 'none'})")
-    for number, cells in enumerate(reader, 2):
-        if any(cells):
-            named = dict(zip(names, map(_read, [*cells, *[""] * len(names)]), strict=False))
-            yield number, named
 
 
 def _changes(
@@ -312,15 +266,17 @@ def _changes(
     while part := list(islice(left, ROWS_A_QUERY)):
         t = target.c
         query = sa.select(t.row_id, t.reviewed_tags, t.reviewed_by, t.reviewed_at)
-        there = {row.row_id: row for row in connection.execute(query.where(t.row_id.in_([row.row_id for row in part])))}
+        # nobody else writes them until the transaction ends, where the database can lock rows
+        query = query.where(t.row_id.in_([row.row_id for row in part])).order_by(t.row_id).with_for_update()
+        there = {row.row_id: row for row in connection.execute(query)}
         for row in part:
             held = there.get(row.row_id)
             if held is None:
-                done.problems.append(f"row_id {row.row_id}: the target table has no such row")
-            elif held.reviewed_tags == row.tags:
+                done.problems.append(f"row_id {shown(row.row_id)}: the target table has no such row")
+            elif held.reviewed_tags == row.tags and (row.tags is not None or held.reviewed_at is None):
                 done.unchanged += 1
             elif held.reviewed_at != row.seen_at and not overwrite:
-                who = held.reviewed_by or "somebody"
+                who = shown(held.reviewed_by or "somebody")
                 done.problems.append(
                     f"row_id {row.row_id}: reviewed by {who} since the file was written (`--overwrite` replaces that)"
                     if held.reviewed_at is not None
@@ -330,12 +286,14 @@ def _changes(
                 yield row
 
 
-def _update(target: sa.Table, row: _Row, now: datetime) -> sa.Update:
-    """Return what writes a review, or takes it back. A row that waited for a review has it."""
+def _update(target: sa.Table, row: _Row, now: datetime, below: float | None) -> sa.Update:
+    """Return what writes a review, or takes it back. A row that waited for one has it, or waits again."""
     t = target.c
     if row.tags is None:
-        gone: dict[str, Any] = dict.fromkeys(("reviewed_tags", "reviewed_by", "reviewed_at"), sa.null())
-        return target.update().where(t.row_id == row.row_id).values(**gone)
-    status = sa.case((t.status == REVIEW, "tagged"), else_=t.status)
-    values = {"reviewed_tags": row.tags, "reviewed_by": row.by, "reviewed_at": now, "status": status}
-    return target.update().where(t.row_id == row.row_id).values(**values)
+        is_unsure = sa.false() if below is None else t.confidence < below
+        status = sa.case((sa.and_(t.status == "tagged", is_unsure), REVIEW), else_=t.status)
+        values: dict[str, Any] = dict.fromkeys(("reviewed_tags", "reviewed_by", "reviewed_at"), sa.null())
+    else:
+        status = sa.case((t.status == REVIEW, "tagged"), else_=t.status)
+        values = {"reviewed_tags": row.tags, "reviewed_by": row.by, "reviewed_at": now}
+    return target.update().where(t.row_id == row.row_id).values(status=status, **values)

@@ -1,6 +1,6 @@
 """Tables of the source and target databases, as SQLAlchemy Core reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -166,10 +166,16 @@ GONE = "gone"
 """Status of a row that is gone from the source and stays for its review."""
 
 
-def is_reviewed(target: Any) -> sa.ColumnElement[bool]:
-    """Return whether a row of the target holds a review: `[]` is one."""
-    reviewed: sa.ColumnElement[bool] = target.c.reviewed_tags.is_not(sa.null())
-    return reviewed
+def has_reviewed_tags(target: sa.Table) -> sa.ColumnElement[bool]:
+    """Return whether a row of the target holds tags by a reviewer: `[]` are such; JSON's `null` is none."""
+    null: sa.ColumnElement[str] = sa.literal_column("'null'")
+    held: sa.ColumnElement[bool] = sa.func.coalesce(sa.cast(target.c.reviewed_tags, sa.Text), null) != null
+    return held
+
+
+def is_reviewed(target: sa.Table) -> sa.ColumnElement[bool]:
+    """Return whether a row of the target holds a review: with no tags of its own, one that leaves the LLM's."""
+    return sa.or_(has_reviewed_tags(target), target.c.reviewed_at.is_not(None))
 
 
 def create_target(connection: sa.Connection, table: str, ids: IdType) -> sa.Table:
@@ -180,12 +186,17 @@ def create_target(connection: sa.Connection, table: str, ids: IdType) -> sa.Tabl
     return target
 
 
-def complete_target(connection: sa.Connection, table: str) -> list[str]:
-    """Add to an existing target what it lacks of columns that came later, and its view; return what was added."""
+def complete_target(connection: sa.Connection, table: str, ids: IdType) -> list[str]:
+    """Add to an existing target what it lacks of columns that came later, and its view; return what was added.
+
+    Raises:
+        InputError: a table of that name exists, but it is no target.
+    """
     found = reflect(connection, table)
     if found is None:
         return []
-    wanted = new_target(table, "integer")
+    wanted = new_target(table, ids)
+    _check_target(connection, found, wanted, ids)
     prepare = connection.dialect.identifier_preparer
     added = [name for name in ADDED if name not in found.columns]
     for name in added:
@@ -193,10 +204,16 @@ def complete_target(connection: sa.Connection, table: str) -> list[str]:
         name_in_sql = f"{prepare.format_table(found)} ADD COLUMN {prepare.quote(name)} {definition}"
         connection.exec_driver_sql(f"ALTER TABLE {name_in_sql}")
     made = [f"column {name}" for name in added]
-    if not sa.inspect(connection).has_table(f"{found.name}_effective", found.schema):
+    if not has_view(connection, table):
         _create_view(connection, wanted)
         made.append(f"view {table}_effective")
     return made
+
+
+def has_view(connection: sa.Connection, table: str) -> bool:
+    """Return whether the view of a target is there."""
+    schema, name = split_name(table)
+    return sa.inspect(connection).has_table(f"{name}_effective", schema)
 
 
 def _create_view(connection: sa.Connection, target: sa.Table) -> None:
@@ -204,7 +221,7 @@ def _create_view(connection: sa.Connection, target: sa.Table) -> None:
     t = target.c
     query = sa.select(
         t.row_id,
-        sa.func.coalesce(t.reviewed_tags, t.tags).label("tags"),
+        sa.case((has_reviewed_tags(target), t.reviewed_tags), else_=t.tags).label("tags"),
         sa.case((is_reviewed(target), sa.literal_column("'reviewed'")), else_=t.status).label("status"),
         t.confidence,
         t.model,
@@ -235,22 +252,32 @@ def existing_target(connection: sa.Connection, table: str, ids: IdType) -> sa.Ta
     if found is None:
         return None
     wanted = new_target(table, ids)
-    missing = [f"`{name}`" for name in wanted.columns.keys() if name not in found.columns]
-    problem = None
-    if missing and all(name.strip("`") in ADDED for name in missing):
+    _check_target(connection, found, wanted, ids)
+    if missing := _missing(found, ADDED):
         raise InputError(
-            f"`target.table`: table {table} has no column {', '.join(missing)}: `tagger check DATASET --create` adds "
-            "what later versions have"
+            f"`target.table`: table {table} has no column {missing}: `tagger check DATASET --create` adds what later "
+            "versions have"
         )
-    if missing:
-        problem = f"has no column {', '.join(missing)}"
+    return wanted
+
+
+def _missing(table: sa.Table, names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names if name not in table.columns)
+
+
+def _check_target(connection: sa.Connection, found: sa.Table, wanted: sa.Table, ids: IdType) -> None:
+    """Raise InputError where a table is no target, be it of an earlier version."""
+    problem = None
+    if missing := _missing(found, [name for name in wanted.columns.keys() if name not in ADDED]):
+        problem = f"has no column {missing}"
     elif [column.name for column in found.primary_key] != ["row_id"]:
         problem = "has another primary key than `row_id`"
     elif id_type(found.c.row_id) != id_type_in(connection, ids):
         problem = f"has a `row_id` of type {found.c.row_id.type}, but the source's ids are {ids}"
     if problem is not None:
-        raise InputError(f"`target.table`: table {table} exists, but {problem}: name another table, or drop it")
-    return wanted
+        raise InputError(
+            f"`target.table`: table {found.fullname} exists, but {problem}: name another table, or drop it"
+        )
 
 
 def id_type_in(connection: sa.Connection, ids: IdType) -> IdType:

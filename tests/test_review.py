@@ -13,21 +13,13 @@ from hypothesis import strategies as st
 
 from demo.stand_in import Reply, StandIn, completion
 from tagger.check import check
-from tagger.exceptions import InputError
-from tagger.review import (
-    CLEAR,
-    NO_TAG,
-    _cell,
-    _parsed,
-    _read,
-    export_reviews,
-    import_reviews,
-    reviewed_labels,
-    tags_in_cell,
-)
+from tagger.exceptions import InputError, RunFailed
+from tagger.review import export_reviews, import_reviews, reviewed_labels
+from tagger.review_file import CLEAR, FORMULA, LONGEST_TEXT, NO_TAG, cell_of, read_cell, tags_in_cell, tags_of_cell
 from tagger.tables import reflect
 from tests.databases import make_project, put_rows
 from tests.project import Project
+from tests.test_cli import Shell, assert_complains, shell  # noqa: F401 - a fixture
 
 TEXTS = {1: "an apple and a banana", 2: "a zebra", 3: "rain and a storm"}
 
@@ -130,6 +122,30 @@ def test_a_gone_row_counts_in_no_limit_and_is_no_work(loaded: Project, tmp_path:
     assert (summary.state, run.plan().target_rows, run.plan().older_spec_rows) == ("success", 2, 2)
 
 
+def test_gone_rows_make_no_room_for_more_to_be_deleted(loaded: Project, tmp_path: Path) -> None:
+    reviewed(loaded, tmp_path, {1: "weather"})
+    loaded.execute("DELETE FROM notes WHERE id = 1")
+    loaded.run(all_rows=True)
+    loaded.change(limits={"max_deleted_fraction": 0.4})
+    loaded.execute("DELETE FROM notes WHERE id = 2")
+
+    with pytest.raises(RunFailed, match="1 of 2 rows of note_tags are gone"):
+        loaded.run(all_rows=True)
+
+
+def test_a_row_that_comes_back_is_not_left_to_a_later_run_of_a_rollout(loaded: Project, tmp_path: Path) -> None:
+    reviewed(loaded, tmp_path, {1: "weather"})
+    loaded.execute("DELETE FROM notes WHERE id = 1")
+    loaded.run(all_rows=True)
+    loaded.put(1, TEXTS[1])
+    loaded.change(prompt="Another prompt.", rollout={"texts_per_run": 1})
+
+    loaded.run(all_rows=True)
+
+    assert loaded.target()[1].status == "tagged"
+    assert effective(loaded)[1] == (["weather"], "reviewed")
+
+
 def test_a_review_taken_back_lets_a_gone_row_go(loaded: Project, tmp_path: Path) -> None:
     reviewed(loaded, tmp_path, {1: "weather"})
     loaded.execute("DELETE FROM notes WHERE id = 1")
@@ -169,6 +185,79 @@ def test_rows_below_the_value_wait_for_a_review_until_they_have_one(
     assert either.run(all_rows=True).review == 0
 
 
+def test_a_reviewed_row_that_is_tagged_again_with_doubt_waits_for_no_review(
+    either: Project, llm: StandIn, tmp_path: Path
+) -> None:
+    put_rows(either, {1: TEXTS[1]})
+    either.change(confidence=True, review_below=0.5)
+    llm.script(sure(0.9), sure(0.3))
+    either.run(all_rows=True)
+    reviewed(either, tmp_path, {1: "weather"})
+    either.change(revision=2)
+
+    summary = either.run(all_rows=True)
+
+    row = either.target()[1]
+    assert (row.status, row.confidence, row.reviewed_tags, summary.review) == ("tagged", 0.3, ["weather"], 0)
+
+
+def test_a_review_taken_back_leaves_a_row_in_doubt_to_be_reviewed(
+    either: Project, llm: StandIn, tmp_path: Path
+) -> None:
+    put_rows(either, {1: TEXTS[1]})
+    either.change(confidence=True, review_below=0.5)
+    llm.script(sure(0.3))
+    either.run(all_rows=True)
+    reviewed(either, tmp_path, {1: "weather"})
+
+    reviewed(either, tmp_path, {1: CLEAR})
+
+    row = either.target()[1]
+    assert (row.status, row.reviewed_tags, row.reviewed_by, row.reviewed_at) == ("review", None, None, None)
+
+
+def test_an_older_snapshot_judges_no_row_again(either: Project, llm: StandIn) -> None:
+    put_rows(either, {1: TEXTS[1]})
+    either.change(confidence=True, review_below=0.5)
+    llm.script(sure(0.3))
+    either.run("newest", all_rows=True)
+    either.change(review_below=0.1)
+    older = either.take("older", all_rows=True)
+    either.change(review_below=0.5)
+    either.execute("UPDATE note_tags SET snapshot_at = '2100-01-01 00:00:00'")
+
+    either.finish(older)
+
+    assert (either.target()[1].status, either.target()[1].run_id) == ("review", "newest")
+
+
+@pytest.mark.parametrize("status", ["tagged", "failed"])
+def test_what_another_program_writes_by_sql_is_a_review(loaded: Project, status: str) -> None:
+    loaded.execute("UPDATE note_tags SET reviewed_tags = '[\"weather\"]' WHERE row_id = 1")
+    loaded.execute("UPDATE note_tags SET reviewed_at = '2026-11-01 00:00:00' WHERE row_id = 2")  # its tags are right
+    loaded.execute("UPDATE note_tags SET reviewed_tags = 'null' WHERE row_id = 3")  # JSON's own null is none
+    loaded.execute("UPDATE note_tags SET status = :status", status=status)
+
+    assert effective(loaded) == {
+        1: (["weather"], "reviewed"),
+        2: (["animal"], "reviewed"),
+        3: (["weather"], status),
+    }
+    assert reviewed_labels(loaded.dataset, loaded.connections) == {1: ["weather"]}
+    loaded.execute("DELETE FROM notes WHERE id < 4")
+    loaded.put(4, "a tiger")
+    loaded.run(all_rows=True)
+    assert {row_id: row.status for row_id, row in loaded.target().items()} == {1: "gone", 2: "gone", 4: "tagged"}
+    assert reviewed_labels(loaded.dataset, loaded.connections) == {}
+
+
+def test_reviewed_tags_that_are_no_list_are_named(loaded: Project) -> None:
+    loaded.execute("UPDATE note_tags SET reviewed_tags = '\"weather\"' WHERE row_id = 2")
+
+    with pytest.raises(InputError, match="row_id 2: `reviewed_tags` is no JSON array of tags"):
+        reviewed_labels(loaded.dataset, loaded.connections)
+
+
 def test_what_is_exported_comes_back_with_the_corrections(loaded: Project, tmp_path: Path) -> None:
     file = tmp_path / "out.csv"
     assert export_reviews(loaded.dataset, file, loaded.connections, status="all") == 3
@@ -187,6 +276,80 @@ def test_what_is_exported_comes_back_with_the_corrections(loaded: Project, tmp_p
     assert reviewed_labels(loaded.dataset, loaded.connections) == {1: ["weather", "fruit"], 2: []}
     again = import_reviews(loaded.dataset, file, loaded.connections, by="aya")
     assert (again.reviewed, again.unchanged) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "rows"),
+    [
+        ("review", []),
+        ("tagged", ["3"]),
+        ("refused", ["1"]),
+        ("failed", ["2"]),
+        ("reviewed", ["3"]),
+        ("all", ["1", "2", "3"]),
+    ],
+)
+def test_rows_are_exported_by_their_status(loaded: Project, tmp_path: Path, status: str, rows: list[str]) -> None:
+    reviewed(loaded, tmp_path, {3: "weather"})
+    loaded.execute("UPDATE note_tags SET status = 'refused' WHERE row_id = 1")
+    loaded.execute("UPDATE note_tags SET status = 'failed' WHERE row_id = 2")
+
+    export_reviews(loaded.dataset, tmp_path / "out.csv", loaded.connections, status=status)
+
+    assert [row["row_id"] for row in read(tmp_path / "out.csv")] == rows
+
+
+NASTY = {
+    "=1+1": '=HYPERLINK("http://x")',
+    "-2": '- a list\r\n- of, "two"',
+    "@me": "'=quoted'",
+    "a;b": "one;two\tthree",
+    "plain": "ends in a line\n",
+    "林檎, 1": "林檎と\n動物",
+    "\uff0bfull": "\uff1dwidth",
+    "'x": "\rreturn",
+}
+
+
+def test_any_ids_and_texts_go_out_and_come_back(either: Project, tmp_path: Path) -> None:
+    either.execute("CREATE TABLE texts (id TEXT PRIMARY KEY, body TEXT)")
+    for row_id, text in NASTY.items():
+        either.execute("INSERT INTO texts VALUES (:id, :body)", id=row_id, body=text)
+    either.change(source={"table": "texts"})
+    either.run(all_rows=True)
+    file = tmp_path / "out.csv"
+    export_reviews(either.dataset, file, either.connections, status="all")
+    rows = read(file)
+
+    assert {read_cell(row["row_id"]): read_cell(row["text"]) for row in rows} == NASTY
+    assert not any(cell.startswith(FORMULA) for row in rows for cell in row.values())
+    write(file, [row | {"reviewed_tags": "weather"} for row in rows])
+    assert import_reviews(either.dataset, file, either.connections).reviewed == len(NASTY)
+    assert set(reviewed_labels(either.dataset, either.connections)) == set(NASTY)
+
+
+def test_a_text_longer_than_a_cell_of_excel_is_cut(loaded: Project, tmp_path: Path) -> None:
+    loaded.put(1, "apple " * LONGEST_TEXT)
+    loaded.run(all_rows=True)
+
+    export_reviews(loaded.dataset, tmp_path / "out.csv", loaded.connections, status="all", limit=1)
+
+    text = read(tmp_path / "out.csv")[0]["text"]
+    assert (len(text), text[-1], text[:6]) == (LONGEST_TEXT + 1, "…", "apple ")
+
+
+def test_long_numbers_are_kept_from_being_rounded(loaded: Project, tmp_path: Path) -> None:
+    long = 1234567890123456789
+    loaded.put(long, "a tiger")
+    loaded.run(all_rows=True)
+    file = tmp_path / "out.csv"
+    export_reviews(loaded.dataset, file, loaded.connections, status="all")
+    rows = read(file)
+    assert [row["row_id"] for row in rows] == ["1", "2", "3", f"'{long}"]  # Excel makes 1.23E+18 of a number
+
+    import_reviews(loaded.dataset, write(file, [rows[3] | {"reviewed_tags": "weather"}]), loaded.connections)
+
+    assert loaded.target()[long].reviewed_tags == ["weather"]
 
 
 def test_without_texts_the_source_is_not_asked(loaded: Project, tmp_path: Path) -> None:
@@ -213,6 +376,76 @@ def test_a_file_with_problems_changes_nothing_and_names_each(loaded: Project, tm
     assert all(row.reviewed_tags is None for row in loaded.target().values())
     done = import_reviews(loaded.dataset, file, loaded.connections, skip=True)
     assert (done.reviewed, len(done.problems)) == (1, 4)
+
+
+@pytest.mark.parametrize("row_id", [2**63, "1e3", "1_0", "", "\uff11"])
+def test_what_is_no_id_of_the_source_is_told(loaded: Project, tmp_path: Path, row_id: object) -> None:
+    file = write(tmp_path / "in.csv", [{"row_id": row_id, "reviewed_tags": "fruit"}])
+
+    with pytest.raises(InputError, match="row 2: `row_id` or `reviewed_at` is not as it was exported"):
+        import_reviews(loaded.dataset, file, loaded.connections)
+
+
+SECRET = "a zebra that nobody may read about, at some more length than a tag has"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"row_id,reviewed_tags\n1,{SECRET.replace(',', '')}\n",
+        f"row_id,reviewed_tags\n{SECRET.replace(',', '')},fruit\n",
+        f"row_id,text,reviewed_tags\n1,not quoted,{SECRET}\n",
+        f"1,{SECRET},fruit\n",
+        f'row_id,reviewed_tags\n1,"[""{SECRET}"", 3]"\n',
+    ],
+)
+def test_a_text_in_the_wrong_column_is_not_shown(loaded: Project, tmp_path: Path, body: str) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text(body)
+
+    with pytest.raises(InputError) as raised:
+        import_reviews(loaded.dataset, file, loaded.connections)
+
+    assert "zebra" not in str(raised.value)
+
+
+def test_a_row_that_is_there_twice_with_the_same_tags_is_taken_once(loaded: Project, tmp_path: Path) -> None:
+    file = write(tmp_path / "in.csv", [{"row_id": 1, "reviewed_tags": "weather"}] * 3)
+
+    done = import_reviews(loaded.dataset, file, loaded.connections)
+
+    assert (done.reviewed, done.repeated, done.problems) == (1, 2, [])
+
+
+def test_reviewers_are_not_held_to_max_tags_or_allow_none(loaded: Project, tmp_path: Path) -> None:
+    loaded.change(allow_none=False)
+
+    reviewed(loaded, tmp_path, {1: "weather; fruit; animal", 2: NO_TAG})
+
+    assert loaded.target()[1].reviewed_tags == ["weather", "fruit", "animal"]
+    assert loaded.target()[2].reviewed_tags == []
+
+
+def test_whose_review_it_is_says_the_file_then_the_option_then_the_system(
+    loaded: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "chie")
+    columns = ("row_id", "reviewed_tags", "reviewed_by")
+    named = [dict(zip(columns, cells, strict=True)) for cells in ((1, "weather", "aya"), (2, "weather", ""))]
+
+    import_reviews(loaded.dataset, write(tmp_path / "in.csv", named), loaded.connections, by="ben")
+    reviewed(loaded, tmp_path, {3: "fruit"}, by=None)
+
+    assert [loaded.target()[row_id].reviewed_by for row_id in (1, 2, 3)] == ["aya", "ben", "chie"]
+
+
+def test_where_no_file_can_be_written_is_told(loaded: Project, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+
+    for place in ("file/out.csv", "none/out.csv", "folder"):
+        with pytest.raises(InputError, match="cannot be written"):
+            export_reviews(loaded.dataset, tmp_path / place, loaded.connections)
 
 
 def test_what_somebody_else_reviewed_meanwhile_is_not_overwritten(loaded: Project, tmp_path: Path) -> None:
@@ -243,7 +476,8 @@ def test_a_file_saved_with_semicolons_is_read(loaded: Project, tmp_path: Path) -
     ("body", "told"),
     [
         ("row_id,reviewed_tags\n1,天気\n".encode("cp932"), "is not UTF-8"),
-        (b"row_id,tags\n1,weather\n", "has no column `reviewed_tags`"),
+        (b"row_id,tags\n1,weather\n", "has no column `reviewed_tags` .it has `row_id`, `tags`"),
+        (b'row_id,reviewed_tags\n1,"weather\n2,fruit\n', "is no CSV"),
         (b"", "has no column `row_id`, `reviewed_tags`"),
         (b'row_id,reviewed_tags\n1,"[""weather"""\n', "no list of tags"),
     ],
@@ -279,6 +513,33 @@ def test_a_target_of_before_there_were_reviews_is_completed_when_asked(loaded: P
     assert effective(loaded)[1] == (["fruit"], "tagged")
 
 
+def test_check_completes_no_table_that_is_not_a_target(loaded: Project) -> None:
+    loaded.execute("CREATE TABLE customers (row_id BIGINT PRIMARY KEY, name TEXT)")
+    loaded.change(target={"table": "customers"})
+
+    with pytest.raises(InputError, match="table customers exists, but has no column `tags`"):
+        list(check(loaded.dataset, loaded.connections, create=True))
+
+    with loaded.engine.connect() as connection:
+        found = reflect(connection, "customers")
+        assert found is not None
+        assert found.columns.keys() == ["row_id", "name"]
+        assert reflect(connection, "customers_effective") is None
+
+
+def test_a_lost_view_stops_no_run_and_is_made_by_check(loaded: Project) -> None:
+    loaded.execute("DROP VIEW note_tags_effective")
+    assert loaded.run(all_rows=True).state == "success"
+    told = list(check(loaded.dataset, loaded.connections))
+    assert "target note_tags: there, but not its view note_tags_effective; `--create` makes it" in told
+
+    told = list(check(loaded.dataset, loaded.connections, create=True))
+
+    assert "target note_tags: view note_tags_effective made" in told
+    assert effective(loaded)[2] == (["animal"], "tagged")
+    assert "target note_tags: there" in list(check(loaded.dataset, loaded.connections))
+
+
 def test_the_view_lies_in_the_tables_schema(request: pytest.FixtureRequest) -> None:
     postgres = make_project("postgresql", request)
     postgres.put(1, "apple")
@@ -290,20 +551,71 @@ def test_the_view_lies_in_the_tables_schema(request: pytest.FixtureRequest) -> N
         assert reflect(connection, "My Tags.note_tags_effective") is not None
 
 
+# the commands
+
+
+def test_what_the_commands_print(shell: Shell) -> None:  # noqa: F811
+    assert shell.run("run", "notes", "--all") == 0
+    file = shell.folder / "out.csv"
+
+    assert shell.run("review", "export", "notes", str(file), "--status", "all") == 0
+    assert shell.out.splitlines()[0] == f"{file}: 2 rows (all)"
+    assert f"{file} holds the rows' texts: keep it as you keep the table" in shell.err.splitlines()
+    assert shell.run("review", "export", "notes", str(file), "--status", "all", "--no-text") == 0
+    assert "holds the rows' texts" not in shell.err
+
+    write(file, [row | {"reviewed_tags": "weather"} for row in read(file)])
+    assert shell.run("review", "import", "notes", str(file), "--by", "aya") == 0
+    assert shell.out == (
+        "2 rows reviewed, 0 reviews taken back, 0 as they were, 0 without `reviewed_tags`, 0 left out\n"
+    )
+
+
+def test_a_file_with_problems_ends_the_command_with_2_and_names_at_most_20(shell: Shell) -> None:  # noqa: F811
+    assert shell.run("run", "notes", "--all") == 0
+    file = write(shell.folder / "in.csv", [{"row_id": n, "reviewed_tags": "fruit"} for n in range(1, 26)])
+
+    assert shell.run("review", "import", "notes", str(file)) == 2
+    assert "23 rows cannot be taken, so none was (`--skip` takes the others)" in shell.err
+    assert shell.err.count("the target table has no such row") == 20
+    assert "and 3 more" in shell.err
+    assert {row.reviewed_tags for row in shell.project.target().values()} == {None}
+    assert shell.run("review", "import", "notes", str(file), "--skip") == 0
+    assert shell.out.startswith("2 rows reviewed,")
+    assert shell.out.count("the target table has no such row") == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("export", "--by", "aya"), "`--by` does not go with `review export`"),
+        (("import", "--limit", "3"), "`--limit` does not go with `review import`"),
+        (("export",), "has no target table `note_tags` yet"),
+        (("import",), "has no target table `note_tags` yet"),
+    ],
+)
+def test_what_review_cannot_do_is_one_line(shell: Shell, arguments: tuple[str, ...], told: str) -> None:  # noqa: F811
+    direction, *options = arguments
+
+    assert shell.run("review", direction, "notes", "in.csv", *options) == 2
+
+    assert_complains(shell, told)
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
 @given(st.lists(words.filter(lambda tag: tag == tag.strip() and tag.isprintable()), unique=True, max_size=3))
 @settings(max_examples=500, suppress_health_check=[HealthCheck.filter_too_much])
 def test_any_tags_come_back_out_of_a_cell(tags: list[str]) -> None:
-    assert _parsed(_read(str(_cell("tags", tags))).strip()) == tags
-    assert _parsed(tags_in_cell(tags)) == tags
+    assert tags_of_cell(read_cell(str(cell_of("tags", tags))).strip()) == tags
+    assert tags_of_cell(tags_in_cell(tags)) == tags
 
 
 @given(words)
 @settings(max_examples=500)
 def test_no_cell_begins_like_a_formula_and_any_text_comes_back(text: str) -> None:
-    cell = str(_cell("text", text))
+    cell = str(cell_of("text", text))
 
-    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-    assert _read(cell) == text
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20"))
+    assert read_cell(cell) == text
