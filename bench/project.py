@@ -76,9 +76,9 @@ def create_source(path: Path, texts: int, table: str = "texts") -> None:
 
 def request(parsed: Dataset, key: str, body: str) -> dict[str, Any]:
     """Return what the SDK is given to ask for a text's tags: the same for all contenders."""
-    from tagger.prompt import messages, response_format
+    from tagger.prompt import Prompt, response_format
 
-    asked = messages(parsed, key, body)
+    asked = Prompt(parsed).messages(key, body)
     return {"model": parsed.llm.model, "messages": asked, "response_format": response_format(parsed)}
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-NO_TAG = "(none)"
-"""How a move is written from or to no tag at all."""
+from tagger.tag_cells import NO_TAG
 
 Tags = Sequence[Collection[str]]
 """The tags of each text."""

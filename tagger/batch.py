@@ -26,7 +26,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import BUDGET_REACHED, InputError, LLMStopped, LLMUnreachable, RunFailed
 from tagger.ledger import BatchBooks, Ledger, read_attempts
 from tagger.price import price_of, usd
-from tagger.prompt import messages
+from tagger.prompt import Prompt
 from tagger.runs import Run, disk_errors, opened_parquet, shard_path, utc_now
 from tagger.spec import spec_id
 
@@ -215,11 +215,11 @@ class ShardBatches:
                 yield Requests(file, texts)
 
     def _lines(self, wanted: Callable[[str], bool]) -> Iterator[tuple[Text, bytes]]:
-        options = self._api.request_options(self._dataset)
+        options, prompt = self._api.request_options(self._dataset), Prompt(self._dataset)
         for text in self._texts():
             if wanted(text.key):
-                prompt = messages(self._dataset, text.key, text.text)
-                body = {"model": self._dataset.llm.model, "messages": prompt, **options}
+                messages = prompt.messages(text.key, text.text)
+                body = {"model": self._dataset.llm.model, "messages": messages, **options}
                 request = {"custom_id": text.key, "method": "POST", "url": ENDPOINT, "body": body}
                 try:
                     line = json.dumps(request, ensure_ascii=False).encode() + b"\n"

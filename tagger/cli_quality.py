@@ -11,6 +11,7 @@ from tagger.connections import Connections
 from tagger.dataset import Dataset
 from tagger.dataset_files import find_dataset, load_dataset, load_datasets
 from tagger.exceptions import DatasetError, InputError
+from tagger.review_file import STATUSES
 
 Add = Callable[[str, Callable[[argparse.Namespace, Connections], None], str], argparse.ArgumentParser]
 """Adds a command: its name, its function, its help."""
@@ -140,8 +141,7 @@ def _add_review(add: Add) -> None:
     review.add_argument("direction", choices=["export", "import"], metavar="export|import")
     review.add_argument("dataset", metavar="DATASET")
     review.add_argument("file", type=Path, metavar="FILE", help="a CSV that spreadsheets open (UTF-8 with BOM)")
-    statuses = ["review", "tagged", "refused", "failed", "reviewed", "all"]
-    review.add_argument("--status", choices=statuses, help="export: the rows of this status (review)")
+    review.add_argument("--status", choices=STATUSES, help="export: the rows of this status (review)")
     review.add_argument("--limit", type=_count, metavar="N", help="export: no more rows than this")
     review.add_argument("--no-text", action="store_true", help="export: leave the texts out")
     review.add_argument("--by", metavar="NAME", help="import: whose reviews they are, where the file does not say")

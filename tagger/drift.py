@@ -14,7 +14,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError, StorageError
 from tagger.ledger import Latest
 from tagger.rollup import SummaryFigures, read_rollup
-from tagger.runs import TRIAL, File
+from tagger.runs import File, is_trial
 from tagger.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def find_drift(storage: Storage, dataset: Dataset, summary: SummaryFigures) -> l
 
 
 def _is_comparable(summary: SummaryFigures) -> bool:
-    return bool(summary.answered) and not summary.dry_run and not summary.run_id.startswith(TRIAL)
+    return bool(summary.answered) and not summary.dry_run and not is_trial(summary.run_id)
 
 
 def _before(summary: SummaryFigures, others: Iterable[SummaryFigures]) -> list[SummaryFigures]:

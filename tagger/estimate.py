@@ -12,7 +12,7 @@ from typing import Any
 from tagger.cache import Chars, Record, Usage
 from tagger.dataset import LLM, Dataset, Price
 from tagger.price import cost_usd, estimated_tokens, price_of
-from tagger.prompt import example_line, messages, messages_together
+from tagger.prompt import Prompt, example_line
 from tagger.runs import Estimate
 
 SAMPLE = 64
@@ -142,11 +142,11 @@ class _Prompt:
     """About how many tokens the prompt has beside the texts."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._llm = dataset.llm
-        self.alone, marks = _lengths_of(messages(dataset, "0" * 32, ""))
+        self._llm, fixed = dataset.llm, Prompt(dataset)
+        self.alone, marks = _lengths_of(fixed.messages("0" * 32, ""))
         self.of_one = self.alone + marks
         """Of a request for one text."""
-        self.together, self.marks = _lengths_of(messages_together(dataset, {"0" * 32: ""}))
+        self.together, self.marks = _lengths_of(fixed.messages_together({"0" * 32: ""}))
         """Of a request for several, and for each of them."""
 
     def share(self, text_tokens: int) -> float:

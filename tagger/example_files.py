@@ -5,12 +5,12 @@ What is told of a mistake is its row and column, never what stands there: it may
 
 import csv
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from tagger.exceptions import Mistake
+from tagger.tag_cells import tags_of_cell
 
 FORM = "a list of {text, tags}, or the name of a CSV beside this file, such as examples.csv"
 
@@ -94,11 +94,8 @@ def _example(name: str, row: int, header: list[str], cells: list[str]) -> dict[s
     return {"text": values["text"], "tags": _tags(values["tags"], _where(name, row, "tags"))}
 
 
-def _tags(cell: str, where: str) -> Any:
-    """Return the tags in a cell: ids with `;` between them, or a JSON array."""
-    if not cell.strip().startswith("["):
-        return [tag.strip() for tag in cell.split(";") if tag.strip()]
+def _tags(cell: str, where: str) -> list[str]:
     try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        raise WrongExamples(where, "`[` and no valid JSON", 'ids with `;` between them, or ["…", "…"]') from None
+        return tags_of_cell(cell)
+    except ValueError:
+        raise WrongExamples(where, "`[` and no JSON array of ids", 'ids with `;` between them, or ["…", "…"]') from None

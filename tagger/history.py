@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from tagger.price import usd
 from tagger.rollup import RolledRun, RolledSummary, Rollup, Spent
-from tagger.runs import TRIAL
+from tagger.runs import is_trial
 
 By = Literal["day", "month"]
 
@@ -76,7 +76,7 @@ def events(runs: Iterable[RolledRun]) -> Iterator[Event]:
             yield Event(spent.at, spent)
         if run.summary is not None and not run.summary.dry_run:
             yield Event(run.summary.finished_at, run.summary)
-        elif run.spent and not run.run_id.startswith(TRIAL):
+        elif run.spent and not is_trial(run.run_id):
             yield Event(max(spent.at for spent in run.spent), run)
 
 

@@ -5,7 +5,6 @@ is the number that a spreadsheet shows, the header being row 1; in Parquet the f
 """
 
 import csv
-import json
 import os
 import re
 from collections import Counter
@@ -21,10 +20,8 @@ from tagger.connections import Connections
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.spec import normalise
+from tagger.tag_cells import are_tags, tags_of_cell
 from tagger.trial import drawn, source_texts
-
-NO_TAG = "(none)"
-"""How labels and figures write that a text has no tag."""
 
 SHOWN = 5
 """Rows named where there may be many."""
@@ -248,18 +245,13 @@ def _row(path: Path, number: int, cells: dict[str, Any]) -> _Row:
 
 def _tags(cell: Any) -> list[str] | None:
     """Return the ids in a cell, each once; None where it holds something else."""
-    if cell is None:
-        return []
-    if isinstance(cell, str) and cell.strip().startswith("["):
+    if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError):
+            cell = tags_of_cell(cell)
+        except ValueError:
             return None
-    elif isinstance(cell, str):
-        cell = [] if cell.strip() == NO_TAG else cell.split(";")
-    if not isinstance(cell, list) or not all(isinstance(each, str) for each in cell):
-        return None
-    return list(dict.fromkeys(stripped for each in cell if (stripped := each.strip())))
+    cell = [] if cell is None else cell
+    return list(dict.fromkeys(stripped for tag in cell if (stripped := tag.strip()))) if are_tags(cell) else None
 
 
 def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -19,7 +19,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tagger.cache import STAND_IN_MODEL, Usage
 from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
-from tagger.prompt import BadAnswer, Choice, messages, messages_together, read_answer, read_answers
+from tagger.prompt import BadAnswer, Choice, Prompt, read_answer, read_answers
 from tagger.request import request_options
 from tagger.throttle import GIVE_UP_SECONDS, Throttle
 
@@ -104,6 +104,7 @@ class Client:
 
     def __init__(self, dataset: Dataset, client: openai.OpenAI, throttle: Throttle) -> None:
         self._dataset = dataset
+        self._prompt = Prompt(dataset)
         self._client = client
         self._throttle = throttle
         self._options = request_options(client, dataset)
@@ -132,7 +133,7 @@ class Client:
             LLMStopped: the endpoint refuses every call.
             Stopped: `stop` was called before an answer came.
         """
-        question = _Question(messages(self._dataset, key, text), self._options, 1, spend)
+        question = _Question(self._prompt.messages(key, text), self._options, 1, spend)
         for ask in range(1, ASKS + 1):
             try:
                 message = self._message(self._complete(question))
@@ -159,7 +160,7 @@ class Client:
             LLMStopped: the endpoint refuses every call.
             Stopped: `stop` was called before an answer came.
         """
-        question = _Question(messages_together(self._dataset, texts), self._options_together, len(texts), spend)
+        question = _Question(self._prompt.messages_together(texts), self._options_together, len(texts), spend)
         try:
             message = self._message(self._complete(question))
             choices = {} if message.reason else read_answers(self._dataset, message.content, texts)

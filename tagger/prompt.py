@@ -83,19 +83,25 @@ def _form(dataset: Dataset, *, together: bool) -> str:
     return form % ((_TAGS_WITH_CONFIDENCE, _CONFIDENCE) if dataset.confidence else (_TAGS, ""))
 
 
-def messages(dataset: Dataset, key: str, text: str) -> list[dict[str, str]]:
-    """Return the messages of one request. `key` marks where the text ends, so that no text can end itself."""
-    return _messages(instructions(dataset), _marked(key, text))
+class Prompt:
+    """What is sent for a dataset's texts; the fixed parts are put together once, not for each text."""
 
+    def __init__(self, dataset: Dataset) -> None:
+        self._alone = instructions(dataset)
+        self._together = instructions(dataset, together=True)
 
-def messages_together(dataset: Dataset, texts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the messages of one request for several texts, given by key.
+    def messages(self, key: str, text: str) -> list[dict[str, str]]:
+        """Return the messages of one request. `key` marks where the text ends, so that no text can end itself."""
+        return _messages(self._alone, _marked(key, text))
 
-    They are numbered from 1. What marks their ends hangs on all of them, so that no author can foresee it.
-    """
-    mark = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:6]
-    marked = (_marked(f"{number}-{mark}", text) for number, text in enumerate(texts.values(), 1))
-    return _messages(instructions(dataset, together=True), "\n".join(marked))
+    def messages_together(self, texts: Mapping[str, str]) -> list[dict[str, str]]:
+        """Return the messages of one request for several texts, given by key.
+
+        They are numbered from 1. What marks their ends hangs on all of them, so that no author can foresee it.
+        """
+        mark = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:6]
+        marked = (_marked(f"{number}-{mark}", text) for number, text in enumerate(texts.values(), 1))
+        return _messages(self._together, "\n".join(marked))
 
 
 def _messages(system: str, user: str) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # type: ignore[import-untyped]
 from sklearn.preprocessing import MultiLabelBinarizer  # type: ignore[import-untyped]
 
-from tagger.labels import NO_TAG
+from tagger.tag_cells import NO_TAG
 
 RESAMPLES = 1000
 

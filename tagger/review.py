@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
-from tagger.review_file import CLEAR, COLUMNS, are_tags, cell_of, read_rows, shown, tags_of_cell, writing
+from tagger.review_file import CLEAR, COLUMNS, cell_of, read_rows, shown, writing
 from tagger.runs import IdType
 from tagger.snapshot import SourceTable, database_time
 from tagger.tables import (
@@ -36,9 +36,7 @@ from tagger.tables import (
     only_writer,
     reflect,
 )
-
-STATUSES = (REVIEW, "tagged", "refused", "failed", "reviewed", "all")
-"""What can be exported; `reviewed` are the rows that hold a review, whatever their status."""
+from tagger.tag_cells import are_tags, tags_of_cell
 
 PROBLEMS_SHOWN = 20
 ROWS_A_QUERY = 500

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from io import StringIO
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tagger.exceptions import InputError
+from tagger.tag_cells import are_tags, tags_in_cell
 
 COLUMNS = ("row_id", "text", "tags", "confidence", "status", "reviewed_tags", "reviewed_by", "reviewed_at")
 
-NO_TAG = "(none)"
-"""How a cell says that no tag fits."""
+STATUSES = ("review", "tagged", "refused", "failed", "reviewed", "all")
+"""What can be exported; `reviewed` are the rows that hold a review, whatever their status."""
 
 CLEAR = "(clear)"
 """How a cell says that a review is taken back."""
@@ -57,11 +58,13 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(f"{file}: byte {e.start} is not UTF-8: save it as `CSV UTF-8`, as it was exported") from None
     header = content.partition("\n")[0]
     reader = csv.reader(StringIO(content, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    csv.field_size_limit(2**31 - 1)
+    before = csv.field_size_limit(2**31 - 1)
     try:
         yield from _named(file, reader)
     except csv.Error:
         raise InputError(f"{file}: line {reader.line_num} is no CSV (a quote that does not end?)") from None
+    finally:
+        csv.field_size_limit(before)  # it is the process's
 
 
 def _named(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -83,7 +86,8 @@ def cell_of(name: str, value: Any) -> str | float:
     if name == "confidence":
         return float(value)
     if name in ("tags", "reviewed_tags"):
-        value = tags_in_cell(value) if are_tags(value) else json.dumps(value, ensure_ascii=False)
+        is_plain = are_tags(value) and value != [CLEAR]
+        value = tags_in_cell(value) if is_plain else json.dumps(value, ensure_ascii=False)
     elif isinstance(value, datetime):
         value = value.isoformat()
     elif isinstance(value, int):
@@ -95,35 +99,9 @@ def cell_of(name: str, value: Any) -> str | float:
     return f"'{text}" if text.lstrip("'").startswith(FORMULA) else text
 
 
-def tags_in_cell(tags: Sequence[str]) -> str:
-    """Return tags as they stand in a cell: `a; b`, or as JSON where that would not come back the same."""
-    if not tags:
-        return NO_TAG
-    plain = "; ".join(tags)
-    reads_the_same = not plain.startswith("[") and plain != CLEAR and tags_of_cell(plain) == list(tags)
-    return plain if reads_the_same else json.dumps(list(tags), ensure_ascii=False)
-
-
-def tags_of_cell(cell: str) -> list[str]:
-    """Return the tags that stand in a cell; raises ValueError where it is broken JSON."""
-    if cell == NO_TAG:
-        return []
-    if cell.startswith("["):
-        tags = json.loads(cell)
-        if not are_tags(tags):
-            raise ValueError
-        return list(tags)
-    return [tag.strip() for tag in cell.split(";") if tag.strip()]
-
-
 def read_cell(cell: str) -> str:
     """Return what a cell held before it was kept from being a formula."""
     return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA) else cell
-
-
-def are_tags(value: Any) -> bool:
-    """Return whether a JSON value is a list of texts."""
-    return isinstance(value, list) and all(isinstance(tag, str) for tag in value)
 
 
 def shown(value: Any) -> str:

@@ -44,6 +44,11 @@ IdType = Literal["integer", "text", "uuid"]
 FileModel = TypeVar("FileModel", bound=BaseModel)
 
 
+def is_trial(run_id: str) -> bool:
+    """Return whether a run measured tags and loaded none."""
+    return run_id.startswith(TRIAL)
+
+
 class File(BaseModel):
     """Base of the JSON files of a run."""
 

@@ -17,9 +17,8 @@ from tagger.llm import Client
 from tagger.prompt import (
     BadAnswer,
     Choice,
+    Prompt,
     instructions,
-    messages,
-    messages_together,
     read_answer,
     read_answers,
     response_format,
@@ -39,7 +38,7 @@ OTHER_KEY = "fedcba9876543210fedcba9876543210"
 
 
 def user_message(text: str, key: str = KEY) -> str:
-    return messages(DATASET, key, text)[-1]["content"]
+    return Prompt(DATASET).messages(key, text)[-1]["content"]
 
 
 BEGINNING = """You tag short notes.
@@ -122,7 +121,7 @@ def test_any_example_can_be_read_back_from_its_line(shown: list[tuple[str, list[
 
 
 def test_everything_but_the_last_message_is_the_same_for_all_texts() -> None:
-    one, other = messages(DATASET, KEY, "apple"), messages(DATASET, OTHER_KEY, "a zebra\nin the rain")
+    one, other = Prompt(DATASET).messages(KEY, "apple"), Prompt(DATASET).messages(OTHER_KEY, "a zebra\nin the rain")
 
     assert one[:-1] == other[:-1]
     assert [message["role"] for message in one] == ["system", "user"]
@@ -135,8 +134,8 @@ keyed_texts = st.dictionaries(st.text("0123456789abcdef", min_size=32, max_size=
 def test_the_fixed_part_is_the_same_and_comes_first_whatever_the_texts_are(
     one: dict[str, str], other: dict[str, str]
 ) -> None:
-    alone = [messages(DATASET, key, text) for key, text in (one | other).items()]
-    together = [messages_together(DATASET, texts) for texts in (one, other)]
+    alone = [Prompt(DATASET).messages(key, text) for key, text in (one | other).items()]
+    together = [Prompt(DATASET).messages_together(texts) for texts in (one, other)]
 
     for requests, fixed in ((alone, instructions(DATASET)), (together, instructions(DATASET, together=True))):
         assert {json.dumps(request[0]) for request in requests} == {json.dumps({"role": "system", "content": fixed})}
@@ -144,7 +143,7 @@ def test_the_fixed_part_is_the_same_and_comes_first_whatever_the_texts_are(
 
 
 def test_the_text_comes_last_and_stands_nowhere_else() -> None:
-    fixed, last = messages(DATASET, KEY, "a zebra in the rain")
+    fixed, last = Prompt(DATASET).messages(KEY, "a zebra in the rain")
 
     assert "zebra in the rain" not in fixed["content"]
     assert last["content"].endswith(f'a zebra in the rain\n</text id="{KEY}">')
@@ -239,13 +238,13 @@ def test_with_confidence_the_schema_has_a_number_for_each_tag(together: bool) ->
 
 def test_the_request_for_one_text_is_this_to_the_last_byte() -> None:
     """All that was ever tagged was asked so."""
-    sent = json.dumps([messages(DATASET, KEY, "10⁵ apples"), response_format(DATASET)], ensure_ascii=False)
+    sent = json.dumps([Prompt(DATASET).messages(KEY, "10⁵ apples"), response_format(DATASET)], ensure_ascii=False)
 
     assert hashlib.sha256(sent.encode()).hexdigest()[:16] == "a96e35855d97ef97"
 
 
 def test_the_request_for_several_texts_has_this_form() -> None:
-    fixed, last = messages_together(DATASET, {KEY: "an apple", OTHER_KEY: "a zebra\nin the rain"})
+    fixed, last = Prompt(DATASET).messages_together({KEY: "an apple", OTHER_KEY: "a zebra\nin the rain"})
 
     mark = hashlib.sha256(f"{KEY}\n{OTHER_KEY}".encode()).hexdigest()[:6]
     assert fixed == {"role": "system", "content": instructions(DATASET, together=True)}
@@ -319,7 +318,7 @@ def test_a_text_cannot_end_its_block_among_others(injection: str) -> None:
     bodies = [f"a zebra\n{injection}", f"{injection}\nan apple"]
     texts = {text_key(spec_id(DATASET), normalise(body)): body for body in bodies}
 
-    content = messages_together(DATASET, texts)[-1]["content"]
+    content = Prompt(DATASET).messages_together(texts)[-1]["content"]
 
     mark = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:6]
     assert content.count(mark) == 4

@@ -15,8 +15,9 @@ from demo.stand_in import Reply, StandIn, completion
 from tagger.check import check
 from tagger.exceptions import InputError, RunFailed
 from tagger.review import export_reviews, import_reviews, reviewed_labels
-from tagger.review_file import CLEAR, FORMULA, LONGEST_TEXT, NO_TAG, cell_of, read_cell, tags_in_cell, tags_of_cell
+from tagger.review_file import CLEAR, FORMULA, LONGEST_TEXT, cell_of, read_cell
 from tagger.tables import reflect
+from tagger.tag_cells import NO_TAG, tags_in_cell, tags_of_cell
 from tests.databases import make_project, put_rows
 from tests.project import Project
 from tests.test_cli import Shell, assert_complains, shell  # noqa: F401 - a fixture
@@ -619,3 +620,8 @@ def test_no_cell_begins_like_a_formula_and_any_text_comes_back(text: str) -> Non
 
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20"))
     assert read_cell(cell) == text
+
+
+def test_json_that_is_nested_too_deep_is_no_list_of_tags(loaded: Project, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no list of tags"):
+        reviewed(loaded, tmp_path, {1: "[" * 100_000})

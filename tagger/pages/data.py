@@ -153,9 +153,9 @@ def card_of(rollup: "Rollup", now: datetime, *, dag_id: str | None = None) -> Ca
     Airflow knows more of the last run, and of the next one: `card.model_copy(update=…)`.
     """
     from tagger.history import Figures, history
-    from tagger.runs import TRIAL
+    from tagger.runs import is_trial
 
-    runs = [r for r in rollup.runs if not (r.summary and r.summary.dry_run) and not r.run_id.startswith(TRIAL)]
+    runs = [run for run in rollup.runs if not (run.summary and run.summary.dry_run) and not is_trial(run.run_id)]
     last = _line(runs[-1], rollup) if runs else None
     done = next((run.summary for run in reversed(runs) if run.summary), None)
     first = now.astimezone(rollup.zone).date().replace(day=1)
@@ -270,11 +270,11 @@ def _spent_on_plan(summary: "RolledSummary") -> float | None:
 
 
 def _line(run: "RolledRun", rollup: "Rollup") -> RunLine:
-    from tagger.runs import TRIAL
+    from tagger.runs import is_trial
     from tagger.spend import total_usd
 
     day, spent = _day_of(run.ended_at, rollup), total_usd(spent.cost_usd for spent in run.spent)
-    if run.run_id.startswith(TRIAL):
+    if is_trial(run.run_id):
         return RunLine(run_id=run.run_id, day=day, state="success", reason="a trial: no tag is loaded", spent_usd=spent)
     if run.summary is None:
         return RunLine(run_id=run.run_id, day=day, state="failed", reason=run.problem or NO_SUMMARY, spent_usd=spent)
