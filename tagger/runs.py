@@ -32,6 +32,9 @@ RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 TRIAL = "trial__"
 """How the ids of runs start that measure tags and load none (`tagger.trial`)."""
 
+CLEANED = "cleaned.json"
+"""The file that says what a run had spent whose other files were cleaned away (`tagger.clean`)."""
+
 WAVE_TEXTS = 250
 WAVE_CHARS = 8_000_000
 """A row group of a shard's file is a wave, which the tag step takes at a time: it holds no more, or one longer text."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -30,6 +31,8 @@ class Version(NamedTuple):
     """By the clock of S3."""
     etag: str
     """Another one as soon as the object is written with another body."""
+    size: int
+    """In bytes."""
 
 
 class Storage:
@@ -100,12 +103,34 @@ class Storage:
         """Yield the objects whose path starts with `prefix`, and how they stand; 1,000 a request."""
         for item in self._listed(prefix):
             written_at = datetime.fromisoformat(item["LastModified"])
-            yield Version(item["Key"][len(self._prefix) :], written_at, item["ETag"])
+            yield Version(item["Key"][len(self._prefix) :], written_at, item["ETag"], item["Size"])
+
+    def folders(self, prefix: str) -> list[str]:
+        """Return the names of the folders right below `prefix`, which ends in a slash."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self._prefix + prefix, Delimiter="/"
+        )
+        skipped = len(self._prefix + prefix)
+        with self._errors(f"listing {prefix}"):
+            return [item["Prefix"][skipped:-1] for page in pages for item in page.get("CommonPrefixes", [])]
 
     def delete(self, path: str) -> None:
         """Delete an object; it need not exist."""
         with self._errors(f"deleting {path}"):
             self._client.delete_object(Bucket=self.bucket, Key=self._prefix + path)
+
+    def delete_many(self, paths: Iterable[str]) -> None:
+        """Delete objects, in no particular order, 1,000 a request; they need not exist."""
+        left = iter(paths)
+        while part := list(islice(left, 1000)):
+            with self._errors(f"deleting {part[0]} and others"):
+                keys = [{"Key": self._prefix + path} for path in part]
+                answer: Any = self._client.delete_objects(
+                    Bucket=self.bucket,
+                    Delete={"Objects": keys, "Quiet": True},  # type: ignore[typeddict-item]
+                )
+                if errors := [error for error in answer.get("Errors", []) if error.get("Code") not in NOT_FOUND]:
+                    raise ClientError({"Error": errors[0]}, "DeleteObjects")
 
     def upload(self, path: str, file: Path) -> None:
         """Write a local file as an object; it appears whole or not at all."""

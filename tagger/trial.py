@@ -84,8 +84,8 @@ def run_trial(
     run_id = f"{TRIAL}{name}_{utc_now():%Y-%m-%dT%H:%M:%S}_{uuid.uuid4().hex[:6]}"
     run = open_run(dataset, run_id, connections)
     run.storage.check()
-    run.freeze(dataset)
     with _texts_in_storage(run, row_ids or list(map(str, range(len(texts)))), texts) as rows_file:
+        run.freeze(dataset)
         now = utc_now()
         taken = Snapshot(
             rows_file=rows_file,

@@ -1,0 +1,116 @@
+"""The runs of a dataset as a listing of storage shows them: what they hold, how old they are, which may be at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from tagger.batches import Batch, Batches
+from tagger.ledger import read_attempts
+from tagger.runs import CLEANED, RUN_ID, Run, is_trial, utc_now
+from tagger.storage import Storage, Version
+
+SILENCE = timedelta(hours=26)
+"""How long a run that is at work may write nothing: a batch takes up to 24 hours."""
+
+
+@dataclass
+class Held:
+    """Objects of a run."""
+
+    objects: int = 0
+    bytes: int = 0
+    newest: datetime | None = None
+
+    def add(self, version: Version) -> None:
+        """Count one more."""
+        self.objects += 1
+        self.bytes += version.size
+        self.newest = max(version.written_at, self.newest or version.written_at)
+
+
+@dataclass
+class StoredRun:
+    """A run that has files, or a batch that is not collected."""
+
+    run: Run
+    texts: Held = field(default_factory=Held)
+    """Its snapshot: all that holds texts."""
+    files: Held = field(default_factory=Held)
+    """Its other files but its summary, and what is left of it once it is cleaned."""
+    summed_up_at: datetime | None = None
+    attempted_at: datetime | None = None
+    """When an attempt at a shard last wrote."""
+    has_batch: bool = False
+    """Whether a batch of it is not collected."""
+
+    @property
+    def written_at(self) -> datetime | None:
+        """When it last wrote anything; None where nothing but `cleaned.json` is left."""
+        times = (self.texts.newest, self.files.newest, self.summed_up_at)
+        return max((time for time in times if time is not None), default=None)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it may be at work. Where that takes a look at its attempts, requests are made.
+
+        Raises:
+            StorageError: an attempt's file is damaged.
+        """
+        if self.has_batch:
+            return True
+        if self.written_at is None or utc_now() - self.written_at > SILENCE:
+            return False
+        if is_trial(self.run.run_id):  # it is never summed up, and deletes its texts when it ends
+            return self.texts.objects > 0
+        if self.summed_up_at is None:
+            return True
+        is_tagged_again = self.attempted_at is not None and self.attempted_at > self.summed_up_at
+        return is_tagged_again and any(attempt.state == "running" for attempt in read_attempts(self.run))
+
+
+def active_runs(storage: Storage, dataset_name: str) -> list[str]:
+    """Return the ids of a dataset's runs that may be at work, or have a batch that is not collected.
+
+    Raises:
+        StorageError: the file of a batch or of an attempt is damaged.
+    """
+    return sorted(stored.run.run_id for stored in stored_runs(storage, dataset_name) if stored.is_active)
+
+
+def stored_runs(storage: Storage, dataset_name: str) -> list[StoredRun]:
+    """Return a dataset's runs; 1,000 objects a request, and one request for each batch in storage.
+
+    Raises:
+        StorageError: the file of a batch is damaged.
+    """
+    found: dict[str, StoredRun] = {}
+
+    def of(run_id: str) -> StoredRun:
+        return found.get(run_id) or found.setdefault(run_id, StoredRun(Run(storage, dataset_name, run_id)))
+
+    for folder in ("runs", "snapshots"):
+        prefix = f"{folder}/{dataset_name}/"
+        for version in storage.list_versions(prefix):
+            run_id, _, name = version.path.removeprefix(prefix).partition("/")
+            if not name or not RUN_ID.fullmatch(run_id):
+                continue
+            stored = of(run_id)
+            if folder == "snapshots":
+                stored.texts.add(version)
+            elif name == "summary.json":
+                stored.summed_up_at = version.written_at
+            elif name != CLEANED:
+                stored.files.add(version)
+                if name.startswith("shard-"):
+                    stored.attempted_at = max(version.written_at, stored.attempted_at or version.written_at)
+    for batch in _unfinished_batches(storage):
+        if batch.dataset == dataset_name:
+            of(batch.run_id).has_batch = True
+    return list(found.values())
+
+
+def _unfinished_batches(storage: Storage) -> Iterator[Batch]:
+    for spec in storage.folders("batches/"):
+        yield from Batches(storage, spec).unfinished()
