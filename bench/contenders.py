@@ -68,8 +68,9 @@ def floor(settings: dict[str, Any]) -> Steps:
     """Return the floor. `settings`: content (of the dataset file), texts, in_flight."""
     from bench.project import request, text
     from tagger.connections import connections_from_env as connections
-    from tagger.connections import openai_client, s3_client
+    from tagger.connections import openai_client
     from tagger.dataset_files import parse_dataset
+    from tagger.s3_connection import s3_client
     from tagger.spec import normalise, spec_id, text_key
 
     dataset = parse_dataset(settings["content"], "bench.yaml")
@@ -127,7 +128,8 @@ def _warm_up(dataset: Any) -> None:
     """Go once through what the SDKs import and load at first use, with clients that are then thrown away."""
     from bench.project import request
     from tagger.connections import connections_from_env as connections
-    from tagger.connections import openai_client, s3_client
+    from tagger.connections import openai_client
+    from tagger.s3_connection import s3_client
 
     client = openai_client(dataset.llm.conn_id, connections)
     client.chat.completions.create(**request(dataset, "0", "warm up"))

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from pydantic import BaseModel, ValidationError
-
 from tagger.exceptions import InputError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-    from mypy_boto3_s3 import S3Client
     from openai import OpenAI
+    from pydantic import ValidationError
 
 LIBPQ_PARAMETERS: tuple[str, ...] = (
     "application_name",
@@ -35,9 +33,6 @@ LIBPQ_PARAMETERS += ("sslcrl", "sslkey", "sslmode", "sslpassword", "sslrootcert"
 
 SQLITE_BUSY_SECONDS = 60
 """How long a writer waits for another one."""
-
-MAX_S3_CONNECTIONS = 256
-"""Kept open at most; they are opened as they are needed."""
 
 
 @dataclass(frozen=True)
@@ -169,85 +164,7 @@ def _database_url(connection: Connection) -> "sa.URL":
     )
 
 
-class AwsService(BaseModel):
-    """What a connection says of one AWS service."""
-
-    endpoint_url: str | None = None
-
-
-class AwsServices(BaseModel):
-    """`service_config` of an `aws` connection's extra."""
-
-    s3: AwsService = AwsService()
-
-
-class AwsExtra(BaseModel):
-    """What is read of an `aws` connection's extra."""
-
-    aws_access_key_id: str | None = None
-    aws_secret_access_key: str | None = None
-    aws_session_token: str | None = None
-    region_name: str | None = None
-    profile_name: str | None = None
-    endpoint_url: str | None = None
-    service_config: AwsServices = AwsServices()
-    role_arn: str | None = None
-    assume_role_method: str | None = None
-
-
-def s3_client(conn_id: str, connections: Connections, *, patient: bool = True) -> "S3Client":
-    """Return an S3 client for an Airflow `aws` connection, or for the AWS SDK's own chain where there is none.
-
-    Read of the connection: login and password (the key pair; or `aws_access_key_id` and `aws_secret_access_key` of its
-    extra), and of its extra `aws_session_token`, `region_name`, `profile_name`, `endpoint_url` and
-    `service_config.s3.endpoint_url`. One that is not `patient` gives up within seconds: somebody waits for a page.
-
-    Raises:
-        InputError: the connection asks for something else, such as a role.
-    """
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    connection = connections(conn_id)
-    try:
-        extra = AwsExtra.model_validate(connection.extra if connection else {})
-    except ValidationError as e:
-        raise InputError(f"connection `{conn_id}`: {first_mistake(e)}") from None
-    for unsupported in ("role_arn", "assume_role_method"):
-        if getattr(extra, unsupported):
-            raise InputError(
-                f"connection `{conn_id}`: `{unsupported}` is not supported; give the worker the role, or use a profile"
-            )
-    keys: tuple[str | None, str | None] = (extra.aws_access_key_id, extra.aws_secret_access_key)
-    if connection is not None and connection.login and connection.password:
-        keys = (connection.login, connection.password)
-    endpoint = extra.service_config.s3.endpoint_url or extra.endpoint_url
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    config = Config(
-        connect_timeout=10 if patient else 3,
-        read_timeout=30 if patient else 5,
-        max_pool_connections=MAX_S3_CONNECTIONS,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        retries={"mode": "standard", "total_max_attempts": 7 if patient else 1},
-        s3={"addressing_style": "path" if endpoint else "auto"},
-    )
-    try:
-        session = boto3.Session(
-            aws_access_key_id=keys[0] if all(keys) else None,
-            aws_secret_access_key=keys[1] if all(keys) else None,
-            aws_session_token=extra.aws_session_token,
-            region_name=extra.region_name,
-            profile_name=extra.profile_name,
-        )
-        region = session.region_name or "us-east-1"
-        return session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
-    except (BotoCoreError, ValueError) as e:
-        raise InputError(f"connection `{conn_id}`: {e}") from None
-
-
-def first_mistake(error: ValidationError) -> str:
+def first_mistake(error: "ValidationError") -> str:
     """Return the first of the mistakes in a connection's extra: its key, and what is wrong."""
     wrong = error.errors(include_url=False)[0]
     return f"`{'.'.join(map(str, wrong['loc']))}`: {wrong['msg']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -13,14 +14,29 @@ from xml.etree import ElementTree
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
-from tagger.connections import Connections, s3_client
+from tagger.connections import Connections
 from tagger.exceptions import InputError, StorageError, Unreachable
+from tagger.s3_connection import no_credentials, s3_client, silent_endpoint
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+DENIED = {"403", "AccessDenied"}
+WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+
+RIGHTS = {
+    "HeadBucket": "s3:ListBucket",
+    "ListObjectsV2": "s3:ListBucket",
+    "GetObject": "s3:GetObject (or s3:ListBucket, where there is no such object)",
+    "HeadObject": "s3:GetObject (or s3:ListBucket, where there is no such object)",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "DeleteObjects": "s3:DeleteObject",
+}
+"""What a request needs, where it is not named like the request."""
 
 
 class Version(NamedTuple):
@@ -189,16 +205,20 @@ class Storage:
             code = _code(e)
             if code == "NoSuchBucket" or (code == "404" and doing == "looking for the bucket"):
                 raise InputError(self._no_bucket()) from None
-            if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}:
+            if e.operation_name not in self._client.meta.service_model.operation_names:
+                raise InputError(f"{self.url}: {doing}: {no_credentials(e)}") from None
+            if code in WRONG_KEYS:
                 raise InputError(f"{self.url}: {doing}: access denied ({code}); check its connection's keys") from None
+            if code in DENIED:
+                raise InputError(f"{self.url}: {doing}: access denied ({code}): no right to {_right(e)}") from None
+            if code.startswith("KMS."):
+                raise InputError(f"{self.url}: {doing}: the bucket's KMS key cannot be used ({code})") from None
             raise StorageError(f"{self.url}: {doing}: S3 answered {code}") from None
         except (ConnectionError, HTTPClientError) as e:
-            raise Unreachable(f"{self.url}: {doing}: S3 does not answer at {self._endpoint()}: {_kind(e)}") from None
+            endpoint = silent_endpoint(e) or self._client.meta.endpoint_url
+            raise Unreachable(f"{self.url}: {doing}: S3 does not answer at {endpoint}: {_kind(e)}") from None
         except BotoCoreError as e:
             raise InputError(f"{self.url}: {doing}: {e}") from None
-
-    def _endpoint(self) -> str:
-        return str(self._client.meta.endpoint_url)
 
 
 def _read_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
@@ -232,6 +252,12 @@ def _read_page(response_dict: dict[str, Any], customized_response_dict: dict[str
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _right(error: ClientError) -> str:
+    """Return which right is missing: AWS names it in most of its messages, of which nothing else is shown."""
+    named = re.search(r"not authorized to perform: (\w+:\w+)", error.response.get("Error", {}).get("Message", ""))
+    return named[1] if named else RIGHTS.get(error.operation_name, f"s3:{error.operation_name}")
 
 
 def _kind(error: BotoCoreError) -> str:

@@ -16,8 +16,9 @@ import sqlalchemy as sa
 
 from demo.postgresql import Database, PostgreSQL
 from demo.stand_in import Reply, StandIn, choose_tags, completion, read_question
-from tagger.connections import Connection, s3_client
+from tagger.connections import Connection
 from tagger.runs import Run
+from tagger.s3_connection import s3_client
 from tagger.storage import Storage
 from tests.project import MINIMAL, Project, merged, sqlite_project
 from tests.servers import RedisServer, S3Store

@@ -36,11 +36,11 @@ from tagger.connections import (
     connections_from_env,
     database,
     openai_client,
-    s3_client,
 )
 from tagger.exceptions import InputError, Unreachable
 from tagger.plan import WITHOUT_LOCK
 from tagger.redis_connection import ping_redis, redis_client
+from tagger.s3_connection import s3_client
 from tagger.tables import connecting
 from tests.databases import redis_connection
 from tests.project import Project
@@ -548,14 +548,13 @@ def test_s3_client_of_a_connection_works(s3_bucket: S3Store, signing: pytest.Mon
 @pytest.mark.parametrize(
     ("connection", "found"),
     [
-        (Connection("ours", "aws", extra={"role_arn": "arn:aws:iam::1:role/x"}), "`role_arn` is not supported"),
         (Connection("ours", "aws", extra={"profile_name": "missing"}), "missing"),
         (Connection("ours", "aws", extra={"endpoint_url": "127.0.0.1:9000"}), "127.0.0.1:9000"),
         (Connection("ours", "aws", extra={"service_config": "x"}), "service_config"),
         (Connection("ours", "aws", extra={"service_config": {"s3": "x"}}), "service_config"),
         (Connection("ours", "aws", extra={"endpoint_url": 9000}), "endpoint_url|9000"),
     ],
-    ids=["role", "profile", "endpoint", "service_config", "s3", "endpoint type"],
+    ids=["profile", "endpoint", "service_config", "s3", "endpoint type"],
 )
 def test_aws_connection_that_makes_no_client_is_one_error(
     signing: pytest.MonkeyPatch, connection: Connection, found: str

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from tagger import __version__
-from tagger.connections import connections_from_env, database, openai_client, s3_client
+from tagger.connections import connections_from_env, database, openai_client
 from tagger.redis_connection import redis_client
+from tagger.s3_connection import s3_client
 
 ROOT = Path(__file__).parents[1]
 COMPOSE_FILE = ROOT / "docker-compose.yaml"

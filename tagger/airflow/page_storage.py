@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 import boto3  # noqa: F401 - here, where the API server starts, and not at the first page
 
 from tagger.airflow.connections import connections_from_airflow
-from tagger.connections import Connections, s3_client
+from tagger.connections import Connections
 from tagger.exceptions import InputError, TaggerError, Unreachable
+from tagger.s3_connection import s3_client
 from tagger.storage import Storage
 
 if TYPE_CHECKING:
