@@ -64,8 +64,10 @@ def connections_from_env(conn_id: str) -> Connection | None:
     if not value:
         return None
     try:
-        return _from_json(conn_id, value) if value.lstrip().startswith("{") else _from_uri(conn_id, value)
-    except (ValueError, TypeError, AttributeError):
+        connection = _from_json(conn_id, value) if value.lstrip().startswith("{") else _from_uri(conn_id, value)
+        _check(connection)
+        return connection
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"${name} is neither an Airflow connection URI nor its JSON form") from None
 
 
@@ -110,6 +112,15 @@ def _from_uri(conn_id: str, value: str) -> Connection:
     )
 
 
+def _check(connection: Connection) -> None:
+    """Raise ValueError or TypeError where a part of a connection is none."""
+    for part in (connection.host, connection.login, connection.password, connection.schema):
+        if part is not None and b"\0" in part.encode():
+            raise ValueError
+    if connection.port is not None and not 0 < connection.port < 65536:
+        raise ValueError
+
+
 def _conn_type(name: str) -> str:
     return "postgres" if name == "postgresql" else name.replace("-", "_")
 
@@ -122,14 +133,25 @@ def database(conn_id: str, connections: Connections) -> "sa.Engine":
     """
     import sqlalchemy as sa
 
-    url = _database_url(existing(conn_id, connections))
+    connection = existing(conn_id, connections)
     return sa.create_engine(
-        url,
-        connect_args={"timeout": SQLITE_BUSY_SECONDS} if url.drivername == "sqlite" else {},
+        _database_url(connection),
+        **_engine_options(connection),
         hide_parameters=True,
         poolclass=sa.NullPool,
         json_serializer=lambda value: json.dumps(value, ensure_ascii=False),
     )
+
+
+def _engine_options(connection: Connection) -> dict[str, Any]:
+    """Return what an engine needs besides its URL. All servers read what is committed, as PostgreSQL does."""
+    if connection.conn_type == "sqlite":
+        return {"connect_args": {"timeout": SQLITE_BUSY_SECONDS}}
+    if connection.conn_type == "mysql":
+        from tagger.mysql import connect_arguments
+
+        return {"connect_args": connect_arguments(connection), "isolation_level": "READ COMMITTED"}
+    return {}
 
 
 def existing(conn_id: str, connections: Connections) -> Connection:
@@ -159,8 +181,18 @@ def _database_url(connection: Connection) -> "sa.URL":
             connection.schema,
             {"connect_timeout": "15", **query},
         )
+    if connection.conn_type == "mysql":
+        return sa.URL.create(
+            "mysql+pymysql",
+            connection.login,
+            connection.password,
+            connection.host,
+            connection.port,
+            connection.schema,
+        )
     raise InputError(
-        f"connection `{connection.conn_id}`: type `{connection.conn_type}` is not supported (sqlite and postgres are)"
+        f"connection `{connection.conn_id}`: type `{connection.conn_type}` is not supported "
+        "(sqlite, postgres and mysql are)"
     )
 
 

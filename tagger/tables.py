@@ -1,15 +1,17 @@
 """Tables of the source and target databases, as SQLAlchemy Core reads them."""
 
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, NoSuchTableError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, NoSuchTableError, SQLAlchemyError, UnreflectableTableError
 from sqlalchemy.types import TypeDecorator
 
 from tagger.exceptions import InputError, TaggerError, Unreachable
+from tagger.mysql import SPEAKING_ERRORS, check_version, is_mariadb, only_session, server_error
 from tagger.runs import IdType
 
 
@@ -19,9 +21,17 @@ class UtcDateTime(TypeDecorator[datetime]):
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        """Return the database's type; MySQL's has no microseconds unless they are asked for."""
+        if dialect.name == "mysql":
+            from sqlalchemy.dialects import mysql
+
+            return mysql.DATETIME(fsp=6)
+        return self.impl_instance
+
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         """Convert to what the database stores."""
-        if value is None or dialect.name != "sqlite":
+        if value is None or dialect.name == "postgresql":
             return value
         return value.astimezone(UTC).replace(tzinfo=None)
 
@@ -30,6 +40,44 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class TextId(TypeDecorator[str]):
+    """A text that is an id: in MySQL, where a TEXT can be no key, as long as a key may be.
+
+    Ids are the same there where all of their characters are: no case, accent or space at the end is overlooked.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        """Return the database's type."""
+        if dialect.name == "mysql":
+            from sqlalchemy.dialects import mysql
+
+            exact = "utf8mb4_nopad_bin" if is_mariadb(dialect) else "utf8mb4_0900_bin"
+            return mysql.VARCHAR(768, charset="utf8mb4", collation=exact)
+        return self.impl_instance
+
+
+class UuidId(TypeDecorator[uuid.UUID]):
+    """A uuid that is an id: in MySQL, which has no such type, its text."""
+
+    impl = sa.Uuid
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        """Return the database's type."""
+        return sa.CHAR(36) if dialect.name == "mysql" else self.impl_instance
+
+    def process_bind_param(self, value: uuid.UUID | None, dialect: sa.Dialect) -> Any:
+        """Convert to what the database's type takes."""
+        return str(value) if dialect.name == "mysql" and value is not None else value
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> uuid.UUID | None:
+        """Convert back."""
+        return uuid.UUID(value) if isinstance(value, str) else value
 
 
 @contextmanager
@@ -46,9 +94,13 @@ def connecting(engine: sa.Engine, conn_id: str) -> Iterator[sa.Connection]:
             connection.exec_driver_sql("PRAGMA schema_version")  # connecting alone does not read the file
             connection.rollback()
     except SQLAlchemyError as e:
-        reason = first_line(getattr(e, "orig", None) or e)
+        cause = getattr(e, "orig", None) or e
+        number, message = server_error(cause) or (None, first_line(cause))
+        reason = message if number is None else f"{message} ({number})"
         raise Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}") from None
     with connection:
+        if connection.dialect.name == "mysql":
+            check_version(connection.dialect, conn_id)
         try:
             yield connection
         except DBAPIError as e:
@@ -69,6 +121,9 @@ SPEAKING_STATES = ("08", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "
 
 def _reason(error: DBAPIError) -> str:
     """Return a database's error in one line, its message only where that quotes no value of a row."""
+    if (of_mysql := server_error(error.orig)) is not None:
+        number, message = of_mysql
+        return f"{message if number in SPEAKING_ERRORS else type(error.orig).__name__} ({number})"
     state = getattr(error.orig, "sqlstate", None)
     if state is None:
         return first_line(error.orig)
@@ -96,6 +151,8 @@ def reflect(connection: sa.Connection, table: str) -> sa.Table | None:
         return sa.Table(name, sa.MetaData(), schema=schema, autoload_with=connection, resolve_fks=False)
     except NoSuchTableError:
         return None
+    except UnreflectableTableError:
+        raise InputError(f"table {table} cannot be read: it is a view of tables or columns that are gone") from None
     except DBAPIError as e:
         raise InputError(f"table {table} cannot be read: {_reason(e)}") from None
 
@@ -128,7 +185,10 @@ def id_type(id_column: sa.Column[Any]) -> IdType:
     raise InputError(f"`source.id_column`: `{id_column.name}` is {id_column.type}; expected integer, text or uuid")
 
 
-ID_TYPES: dict[IdType, Any] = {"integer": sa.BigInteger(), "text": sa.Text(), "uuid": sa.Uuid()}
+ID_TYPES: dict[IdType, Any] = {"integer": sa.BigInteger(), "text": TextId(), "uuid": UuidId()}
+
+MYSQL_TABLE = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+"""What our tables are in MySQL whatever the database's defaults: with transactions, and texts compared as they are."""
 
 
 def new_target(table: str, ids: IdType) -> sa.Table:
@@ -153,6 +213,7 @@ def new_target(table: str, ids: IdType) -> sa.Table:
         sa.Column("reviewed_by", sa.Text),
         sa.Column("reviewed_at", UtcDateTime),
         schema=schema,
+        **MYSQL_TABLE,
     )
 
 
@@ -281,14 +342,16 @@ def _check_target(connection: sa.Connection, found: sa.Table, wanted: sa.Table, 
 
 
 def id_type_in(connection: sa.Connection, ids: IdType) -> IdType:
-    """Return as what kind of id a database shows a column made for `ids`: SQLite has no uuid."""
-    return "text" if ids == "uuid" and connection.dialect.name == "sqlite" else ids
+    """Return as what kind of id a database shows a column made for `ids`: only PostgreSQL's uuids are such."""
+    return "text" if ids == "uuid" and connection.dialect.name != "postgresql" else ids
 
 
 @contextmanager
 def only_writer(connection: sa.Connection, table: str) -> Iterator[None]:
     """Run a transaction that no other load into the same table runs beside; readers are not kept waiting."""
-    with connection.begin():
+    is_mysql = connection.dialect.name == "mysql"
+    alone = only_session(connection, *split_name(table)) if is_mysql else nullcontext()
+    with alone, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tagger {table}"))))
         yield

@@ -47,6 +47,7 @@ from demo.seaweedfs import SeaweedFS  # noqa: E402 - after the environment is ou
 from demo.stand_in import StandIn  # noqa: E402
 from tagger.connections import Connection  # noqa: E402
 from tests.databases import DATABASES, make_project, redis_connection  # noqa: E402
+from tests.mariadb import WITHOUT, MariaDB, is_installed  # noqa: E402
 from tests.project import Project, sqlite_project  # noqa: E402
 from tests.servers import Moto, RedisServer, S3Store  # noqa: E402
 
@@ -69,6 +70,15 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Store]:
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
     """A PostgreSQL server; a test that writes creates a database of its own."""
     with PostgreSQL(tmp_path_factory.mktemp("postgresql")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+    """A MariaDB server; a test that writes creates a database of its own."""
+    if not is_installed():
+        pytest.skip(WITHOUT)
+    with MariaDB(tmp_path_factory.mktemp("mariadb")) as server:
         yield server
 
 

@@ -279,10 +279,10 @@ def test_sqlite_file_that_is_not_there_is_named_and_not_made(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("conn_type", ["mysql", "http", "generic"])
+@pytest.mark.parametrize("conn_type", ["mssql", "http", "generic"])
 def test_other_databases_are_refused(conn_type: str) -> None:
     with pytest.raises(
-        InputError, match=f"connection `ours`: type `{conn_type}` is not supported .sqlite and postgres"
+        InputError, match=f"connection `ours`: type `{conn_type}` is not supported .sqlite, postgres and mysql"
     ):
         database("ours", known(Connection("ours", conn_type, password=SECRET)))
 
