@@ -166,19 +166,31 @@ class BatchAPI:
     def state(self, remote: str, since: datetime) -> State:
         """Return where a batch is that was handed over at `since`."""
         try:
-            found = self._ask(lambda: self._free.batches.retrieve(remote))
-            counts, errors = found.request_counts, found.errors.data if found.errors else None
-            code = str(errors[0].code) if errors else ""
-            return State(
-                status=str(found.status),
-                done=counts.completed + counts.failed if counts else 0,
-                files=[file for file in (found.output_file_id, found.error_file_id) if file],
-                reason=code if re.fullmatch("[a-z_]{1,40}", code) else None,
-            )
+            return self._ask(lambda: _state_of(self._free.batches.retrieve(remote)))
         except Gone:
             if utc_now() - since > LOST_AFTER:
                 return State(UNKNOWN, 0, [], None)
         raise LLMStopped(f"{self._endpoint} does not know the batch {remote}", at_start=False)
+
+    def files(self) -> dict[str, str]:
+        """Return the names of all files of requests and answers, by the provider's; none without a Batch API."""
+
+        def find() -> dict[str, str]:
+            purposes = ("batch", "batch_output")
+            return {file.id: file.filename or "" for each in purposes for file in self._free.files.list(purpose=each)}
+
+        with suppress(Gone):
+            return self._ask(find, at_start=True)
+        return {}
+
+    def handed_over(self) -> dict[str, State]:
+        """Return where the batches are that have a name of ours, by that name."""
+
+        def find() -> dict[str, State]:
+            named = ((remote, (remote.metadata or {}).get(METADATA)) for remote in self._free.batches.list(limit=100))
+            return {name: _state_of(remote) for remote, name in named if name is not None}
+
+        return self._ask_at_start(find)
 
     def download(self, file_id: str, to: Path) -> bool:
         """Download a file; return whether it is there."""
@@ -227,3 +239,14 @@ class BatchAPI:
         if status in (408, 409, 429) or status >= 500 or is_new_file:
             return LLMUnreachable(f"{self._endpoint} does not take the batch now{said}", at_start=at_start)
         return LLMStopped(f"{self._endpoint} does not take the batch{said}", at_start=at_start)
+
+
+def _state_of(remote: openai.types.Batch) -> State:
+    counts, errors = remote.request_counts, remote.errors.data if remote.errors else None
+    code = str(errors[0].code) if errors else ""
+    return State(
+        status=str(remote.status),
+        done=counts.completed + counts.failed if counts else 0,
+        files=[file for file in (remote.output_file_id, remote.error_file_id) if file],
+        reason=code if re.fullmatch("[a-z_]{1,40}", code) else None,
+    )

@@ -6,6 +6,7 @@ batches/<spec_id>/<batch>.json      where it is; written before the paid call, g
 ```
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -20,6 +21,10 @@ from tagger.runs import File, Run, read_parquet, writing_parquet
 from tagger.storage import Storage
 
 TEXTS_SCHEMA = pa.schema([("key", pa.string()), ("row_id", pa.string()), ("narrow", pa.int32()), ("wide", pa.int32())])
+
+
+FILE_NAME = re.compile(r"tagger-([0-9a-f]{16})\.jsonl")
+"""What the provider is told as the name of a batch's requests, with ours of the batch in it."""
 
 
 class HandedOver(NamedTuple):

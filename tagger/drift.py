@@ -95,7 +95,7 @@ def answers_of(outcomes: Iterable[Latest], tag_ids: Sequence[str]) -> Answers:
             refused += 1
         elif outcome.status == "tagged":
             tagged += 1
-            none += not outcome.tags
+            none += outcome.tags is not None and not outcome.tags  # of a row that was forgotten nobody knows
             tags.update(outcome.tags or ())
     return Answers(tagged + refused, refused, none, {tag: tags[tag] for tag in tag_ids if tags[tag]})
 

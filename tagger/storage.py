@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
@@ -121,7 +121,7 @@ class Storage:
             written_at = datetime.fromisoformat(item["LastModified"])
             yield Version(item["Key"][len(self._prefix) :], written_at, item["ETag"], item["Size"])
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str) -> Sequence[str]:
         """Return the names of the folders right below `prefix`, which ends in a slash."""
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=self._prefix + prefix, Delimiter="/"
@@ -173,6 +173,16 @@ class Storage:
                 )
                 return True
         return False
+
+    def keeps_versions(self) -> bool | None:
+        """Return whether old versions of objects are, or once were, kept; None where that may not be asked."""
+        with self._errors("asking for the bucket's versioning"):
+            try:
+                return "Status" in self._client.get_bucket_versioning(Bucket=self.bucket)
+            except ClientError as e:
+                if _code(e) in DENIED | {"MethodNotAllowed", "NotImplemented"}:
+                    return None
+                raise
 
     def _listed(self, prefix: str) -> Iterator[Any]:
         pages = self._client.get_paginator("list_objects_v2").paginate(

@@ -148,12 +148,12 @@ def source_texts(dataset: Dataset, ids: Sequence[Any], connections: Connections)
         InputError: a table or column is missing.
     """
     with _source(dataset, connections) as source:
-        asked = {given: row_id for given in ids if (row_id := _id_in(source.id_type, given)) is not None}
+        asked = {given: row_id for given in ids if (row_id := id_in(source.id_type, given)) is not None}
         texts = source.texts(list(set(asked.values())))
         return {given: texts[row_id] for given, row_id in asked.items() if row_id in texts}
 
 
-def _id_in(kind: IdType, given: Any) -> Any:
+def id_in(kind: IdType, given: Any) -> Any:
     """Return an id as the source has it; None where it can be none of its kind."""
     if kind == "integer":
         number = int(given) if isinstance(given, int) or re.fullmatch(r"-?[0-9]{1,19}", str(given)) else None
