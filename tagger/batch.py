@@ -64,7 +64,7 @@ class ShardBatches:
         self._run = run
         self._number = number
         self._api = api
-        self._dataset, self._plan = run.dataset(), run.plan()
+        self._dataset, _, self._plan = run.dataset(), run.snapshot(), run.plan()
         self._plan.find(number)
         self._batches = Batches(run.storage, self._plan.spec_id)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -121,6 +121,15 @@ def parse_record(body: bytes, model: str) -> Record:
         raise DamagedRecord from None
     if isinstance(version, int) and version > RECORD_VERSION:
         raise InputError(
+class Extent(NamedTuple):
+    """How much a spec's part of the cache holds."""
+
+    records: int = 0
+    bytes: int = 0
+    newest: datetime | None = None
+    """When the newest record was written, by the clock of S3."""
+
+
             f"the cache holds records of version {version}, this tagger reads up to {RECORD_VERSION}: upgrade it"
         )
     try:
@@ -260,3 +269,32 @@ class Cache:
         """Return the mean cost of a record of this spec in USD, from `sample` records; None where it is unknown."""
         costs = [record.cost_usd for record in self.sample(sample) if record.cost_usd is not None]
         return sum(costs) / len(costs) if costs else None
+    def extent(self) -> Extent:
+        """Return how much there is, in bounded memory; 1,000 records a request."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            parts = list(threads.map(self._extent, _PARTS))
+        return Extent(
+            records=sum(part.records for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            newest=max((part.newest for part in parts if part.newest is not None), default=None),
+        )
+
+    def _extent(self, part: str) -> Extent:
+        records, size, newest = Extent()
+        for version in self._storage.list_versions(f"{self._prefix}{part}"):
+            if version.size >= SMALLEST_RECORD:
+                records += 1
+            size += version.size
+            newest = max(version.written_at, newest or version.written_at)
+        return Extent(records, size, newest)
+
+    def clear(self) -> None:
+        """Delete all records: their texts are paid for again. Killed half way, it can be done again."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(lambda part: self._delete(f"{self._prefix}{part}"), _PARTS))
+        self._delete(self._prefix)  # what else lies there
+        self._complete.clear()
+
+    def _delete(self, prefix: str) -> None:
+        self._storage.delete_many(path for path, _ in self._storage.list(prefix))
+

@@ -7,6 +7,7 @@ import openai
 
 from tagger.batch_api import BatchAPI
 from tagger.connections import Connections, database, openai_client
+from tagger.clean import describe
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
 from tagger.plan import WITHOUT_LOCK
@@ -54,6 +55,7 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
     price = price_of(dataset.llm, batch=by_batch)
     if price is None:
         yield f"price of {dataset.llm.model}: not known, so costs are not counted; `llm.price` sets it"
+    yield f"retention: {describe(dataset.retention)}"
     else:
         line = f"price of {dataset.llm.model}: ${price.input:g} in, ${price.output:g} out per million tokens"
         yield line + (", by the Batch API" if by_batch else "")

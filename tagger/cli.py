@@ -10,11 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tagger import __version__
-from tagger.cli_quality import add_commands
+from tagger import __version__, cli_quality, cli_upkeep
 from tagger.connections import Connections, connections_from_env
 from tagger.dataset import Dataset
-from tagger.dataset_files import dataset_files, datasets_folder, find_dataset, load_dataset
+from tagger.dataset_files import dataset_paths, find_dataset, load_dataset
 from tagger.exceptions import InputError, RunFailed, StorageError, TaggerError, Terminated
 
 DESCRIPTION = """Tag the new and changed texts of a table with an LLM, and pay for each text once.
@@ -62,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     load = add("load", _load, "write the tags into the target table")
     run = add("run", _run, "all steps in this process")
     report = add("report", _report, "sum a run up; without a run id: show the latest one, and what all did and cost")
-    add_commands(add)
+    cli_quality.add_commands(add)
+    cli_upkeep.add_commands(add)
     for sub in (snapshot, plan, tag, load, run):
         sub.add_argument("dataset", metavar="DATASET")
         sub.add_argument("--run-id", metavar="ID", required=sub is not run)
@@ -117,7 +117,7 @@ def _check(options: argparse.Namespace, connections: Connections) -> None:
     from tagger.check import check
 
     failed: list[TaggerError] = []
-    for path in _paths(options.dataset):
+    for path in dataset_paths(options.dataset):
         try:
             dataset = load_dataset(path)
             of_airflow = check_airflow(dataset, connections)
@@ -313,7 +313,7 @@ def _write_page(options: argparse.Namespace, connections: Connections) -> None:
 
 
 def _report_paths(options: argparse.Namespace) -> list[Path]:
-    return _paths([options.dataset] if options.dataset else [])
+    return dataset_paths([options.dataset] if options.dataset else [])
 
 
 def _rollup(dataset: Dataset, connections: Connections) -> tuple[Any, Any]:

@@ -250,6 +250,33 @@ class Task(Model):
     """How Airflow runs one step."""
 
     queue: str | None = Field(default=None, min_length=1)
+LEAST_RETENTION = timedelta(days=2)
+"""A run that waits for a batch writes nothing for up to a day, and is not to lose what it goes on with."""
+
+
+class Retention(Model):
+    """How long files of a run are kept after it last wrote one. None: for ever."""
+
+    snapshots: Duration | None = None
+    """Its rows: all that holds texts."""
+    runs: Duration | None = None
+    """All of it but its summary and what it spent."""
+
+    @field_validator("snapshots", "runs")
+    @classmethod
+    def _long_enough(cls, kept: timedelta | None, info: ValidationInfo) -> timedelta | None:
+        least = max(LEAST_RETENTION, info.data.get("snapshots") or LEAST_RETENTION)
+        if kept is not None and kept < least:
+            of_snapshots = ", as `snapshots` is: a run's files go last" if least > LEAST_RETENTION else ""
+            raise ValueError(f"{in_days(least)} or more{of_snapshots}")
+        return kept
+
+
+def in_days(duration: timedelta) -> str:
+    """Return a duration as "14d"."""
+    return f"{duration / timedelta(days=1):g}d"
+
+
     timeout: Duration | None = None
     retries: int = Field(default=3, ge=0, le=100)
     executor_config: dict[str, Any] = Field(default_factory=dict)
@@ -331,6 +358,7 @@ class Dataset(Model):
         try:
             prompt.encode()
         except UnicodeEncodeError:
+    retention: Retention = Retention()
             raise ValueError("text without halves of surrogate pairs") from None
         return prompt
 

@@ -19,6 +19,7 @@ from tagger.dataset import (
     Lock,
     Price,
     Shards,
+    Retention,
     Source,
     Tag,
     Target,
@@ -40,6 +41,18 @@ def dataset_files(folder: Path) -> list[Path]:
 
 
 def find_dataset(name_or_path: str, folder: Path | None = None) -> Path:
+def dataset_paths(names: list[str]) -> list[Path]:
+    """Return the files of datasets given by name or path; without any, all of the folder.
+
+    Raises:
+        InputError: there is no such file, or none at all.
+    """
+    paths = [find_dataset(name) for name in names] if names else dataset_files(datasets_folder())
+    if not paths:
+        raise InputError(f"no dataset files in {datasets_folder()}; $TAGGER_DATASETS names another folder")
+    return paths
+
+
     """Return the file of a dataset given by its name or by a path.
 
     Raises:
@@ -296,3 +309,4 @@ def _show(value: Any) -> str:
     name = _TYPE_NAMES.get(type(value))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return f"{shown} ({name})" if name and not isinstance(value, str) else shown
+    "retention": Retention,

@@ -9,14 +9,16 @@ from datetime import datetime
 from pydantic import AwareDatetime, Field
 
 from tagger.cache import Cache
+from tagger.clean import Amount, clean, find_overdue
 from tagger.dataset import LLM, Dataset
 from tagger.drift import Drift, answers_of, find_drift
-from tagger.exceptions import RunFailed, StorageError
+from tagger.exceptions import RunFailed, StorageError, TaggerError
 from tagger.ledger import Attempt, Latest, latest_outcomes, read_attempts
 from tagger.price import price_of, usd
 from tagger.rollup import SummaryFigures, Window, update_rollup
 from tagger.runs import File, Loaded, Plan, Run, Shard, utc_now
 from tagger.spend import Counted, Spend, list_attempts, spend_of, total_usd
+from tagger.stored_runs import SILENCE
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +127,23 @@ def report(run: Run) -> Summary:
     for shift in summary.drift:
         logger.warning("drift: %s", shift)
     update_rollup(run.storage, dataset, taken.started_at)
+    if utc_now() - taken.started_at < SILENCE:  # an older run that is cleared has not the retention of today
+        _clean(run, dataset)
     if reasons:
         raise RunFailed(f"{dataset.dataset}: {summary.reason}")
     return summary
+
+
+def _clean(run: Run, dataset: Dataset) -> None:
+    """Delete what is past its retention; where that fails, the next report goes on with it."""
+    try:
+        deleted, problems = clean(find_overdue(run.storage, dataset, but_run=run.run_id))
+    except TaggerError as e:
+        deleted, problems = Amount(), [str(e)]
+    if deleted.objects:
+        logger.info("retention: %s deleted", deleted)
+    for problem in problems:
+        logger.warning("retention: the next report tries again to delete what is past its age: %s", problem)
 
 
 def _finished_at(run: Run, spends: list[Spend]) -> datetime:

@@ -1,7 +1,8 @@
 """A dataset's runs rolled up into one object, so that a page reads one and not thousands.
 
 `history/<dataset>.json.gz` is a cache of what lies in `runs/<dataset>/`. Each report brings it up to date, reading only
-the runs whose files changed; where it is lost or damaged, it is made anew.
+the runs whose files changed; where it is lost or damaged, it is made anew. Runs whose other files were cleaned away
+stay in it for good, with the same figures: their summaries, and what they spent, are never cleaned (`tagger.clean`).
 """
 
 import gzip
@@ -21,7 +22,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError, StorageError
 from tagger.runs import Estimate, File
 from tagger.spend import THREADS, Counted, RunFiles, Spend, list_runs, total_usd
-from tagger.storage import Storage, Version
+from tagger.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -210,10 +211,15 @@ def read_rollup(storage: Storage, dataset_name: str) -> Rollup | None:
 
 def rolled_up(storage: Storage, dataset: Dataset) -> Rollup:
     """Return a dataset's rollup as its runs are now; nothing is written. Damaged runs are in it with their problem."""
+    return rollup_of(dataset, rolled_runs(storage, dataset.dataset))
+
+
+def rolled_runs(storage: Storage, dataset_name: str) -> list[RolledRun]:
+    """Return a dataset's runs as they are now; nothing is written."""
     before = None
     with suppress(StorageError):
-        before = read_rollup(storage, dataset.dataset)
-    return rollup_of(dataset, _runs(storage, dataset.dataset, before))
+        before = read_rollup(storage, dataset_name)
+    return _runs(storage, dataset_name, before)
 
 
 def update_rollup(storage: Storage, dataset: Dataset, started_at: datetime) -> None:
@@ -283,7 +289,7 @@ def _rolled(files: RunFiles, known: RolledRun | None) -> RolledRun:
         problem = str(e)
         spends = files.spends_unread(summary.attempts if summary else [])
     last_written = max(
-        (spend.ended_at for spend in spends), default=max(version.written_at for version in _versions(files))
+        (spend.ended_at for spend in spends), default=max(version.written_at for version in files.versions)
     )
     return RolledRun(
         run_id=files.run.run_id,
@@ -295,12 +301,8 @@ def _rolled(files: RunFiles, known: RolledRun | None) -> RolledRun:
     )
 
 
-def _versions(files: RunFiles) -> list[Version]:
-    return [*files.attempts.values(), *([files.summary] if files.summary else [])]
-
-
 def _version(files: RunFiles) -> str:
-    versions = _versions(files)
+    versions = files.versions
     if not all(version.etag for version in versions):
         return ""
     names = sorted(f"{version.path} {version.etag}" for version in versions)

@@ -32,8 +32,8 @@ RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+")
 TRIAL = "trial__"
 """How the ids of runs start that measure tags and load none (`tagger.trial`)."""
 
-CLEANED = "cleaned.json"
-"""The file that says what a run had spent whose other files were cleaned away (`tagger.clean`)."""
+CLEANED = "cleaned-"
+"""How the files start that say what a run had spent whose other files were cleaned away (`tagger.clean`)."""
 
 WAVE_TEXTS = 250
 WAVE_CHARS = 8_000_000
@@ -267,6 +267,12 @@ class Run:
 
 def rows_path(run: Run, plan_id: str) -> str:
     """Return the path of a plan's rows: id, key, and whether the text is too long."""
+        later = (f"{self.files}{later}" for later in ("plan.json", "summary.json", CLEANED))
+        if name in ("dataset.json", "snapshot.json") and any(next(self.storage.list(path), None) for path in later):
+            return (
+                f"run `{self.run_id}` of `{self.dataset_name}`: its {name} is gone (`retention`): start the run again "
+                "at its first step, `tagger snapshot` (in Airflow, clear its task `snapshot` too)"
+            )
     return f"{run.files}rows-{plan_id}.parquet"
 
 

@@ -2,6 +2,9 @@
 
 A run's summary counts its attempts, each with the version of the file that it read. Where those are still the files'
 versions, it saves to read them: a thousand runs of sixteen shards are a thousand requests.
+
+Before attempts' files are deleted by age (`tagger.clean`), what they spent is kept in `cleaned-<n>.json`, which is
+written once and never deleted: each attempt counts once, by its file or by what is kept of it.
 """
 
 import math
@@ -19,7 +22,7 @@ from pydantic import AwareDatetime, Field
 
 from tagger.exceptions import StorageError
 from tagger.ledger import Attempt, read_attempts
-from tagger.runs import File, Run
+from tagger.runs import CLEANED, RUN_ID, File, Run
 from tagger.storage import Storage, Version
 
 THREADS = 16
@@ -53,7 +56,7 @@ class Spend(File):
 
 
 class Counted(File):
-    """The part of `summary.json` that tells what attempts it counts."""
+    """`cleaned-<n>.json`, and the part of `summary.json` that tells what attempts it counts."""
 
     attempts: list[Spend] = Field(default_factory=list)
 
@@ -90,6 +93,26 @@ class RunFiles:
     """The attempts' files by name."""
     summary: Version | None = None
     """`summary.json`."""
+    cleaned: dict[str, Version] = field(default_factory=dict)
+    """`cleaned-<n>.json` by name."""
+
+    @property
+    def versions(self) -> list[Version]:
+        """Return all of them."""
+        return [*self.attempts.values(), *([self.summary] if self.summary else []), *self.cleaned.values()]
+
+    def add(self, version: Version) -> bool:
+        """Add a file of the run; return whether it is one of these."""
+        name = version.path.removeprefix(self.run.files)
+        if _ATTEMPT.fullmatch(name):
+            self.attempts[name] = version
+        elif name == "summary.json":
+            self.summary = version
+        elif name.startswith(CLEANED):
+            self.cleaned[name] = version
+        else:
+            return False
+        return True
 
     def spends(self, counted: list[Spend]) -> list[Spend]:
         """Return what each attempt spent: as the run's summary counts them if none changed since, else by their files.
@@ -97,10 +120,52 @@ class RunFiles:
         Raises:
             StorageError: a file is damaged.
         """
-        if {spend.file: spend.etag for spend in counted} == {name: v.etag for name, v in self.attempts.items()}:
+        kept = self._kept()
+        return [*kept, *_others(self._read(kept, counted), kept)]
+
+    def counted(self) -> list[Spend]:
+        """Return what the run's summary counts.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        summary = self.run.read("summary.json", Counted) if self.summary else None
+        return summary.attempts if summary else []
+
+    def keep(self) -> bool:
+        """Write down what the attempts spent, so that their files may be deleted; return whether that is done.
+
+        It is not where a file changes meanwhile, or another process does the same.
+
+        Raises:
+            StorageError: a file is damaged.
+        """
+        kept = self._kept()
+        found = self._read(kept, self.counted())
+        if {spend.file: spend.etag for spend in found} != _etags(self._but(kept)):
+            return False
+        spent = Counted(attempts=_others(found, kept))
+        path = f"{self.run.files}{CLEANED}{len(self.cleaned) + 1}.json"
+        return not spent.attempts or self.run.storage.create(path, spent.model_dump_json(indent=2).encode())
+
+    def _kept(self) -> list[Spend]:
+        found = (self.run.read(name, Counted) for name in self.cleaned)
+        return [spend for counted in found if counted is not None for spend in counted.attempts]
+
+    def _but(self, kept: list[Spend]) -> dict[str, Version]:
+        """Return the attempts' files but those that are kept as they stand."""
+        known = {(spend.file, spend.etag) for spend in kept}
+        return {name: version for name, version in self.attempts.items() if (name, version.etag or None) not in known}
+
+    def _read(self, kept: list[Spend], counted: list[Spend]) -> list[Spend]:
+        """Return what the other attempts spent."""
+        left, known = self._but(kept), {(spend.file, spend.etag) for spend in kept}
+        counted = [spend for spend in counted if (spend.file, spend.etag) not in known]
+        if {spend.file: spend.etag for spend in counted} == _etags(left):
             return counted
         try:
-            return [spend_of(attempt, self.attempts) for attempt in read_attempts(self.run)]
+            found = [spend_of(attempt, self.attempts) for attempt in read_attempts(self.run)]
+            return [spend for spend in found if spend.file in left or spend.file not in self.attempts]
         except (pa.ArrowException, TypeError, ValueError):
             where = f"{self.run.storage.url}/{self.run.files}"
             raise StorageError(
@@ -110,7 +175,22 @@ class RunFiles:
     def spends_unread(self, counted: list[Spend]) -> list[Spend]:
         """Return what each attempt spent as far as the run's summary counts it; what others did is not known."""
         by_file = {spend.file: spend for spend in counted}
-        return [by_file.get(name) or _unknown(name, version) for name, version in self.attempts.items()]
+        files = self.attempts | self.cleaned
+        return [by_file.get(name) or _unknown(name, version) for name, version in files.items()]
+
+
+def _etags(files: dict[str, Version]) -> dict[str, str]:
+    return {name: version.etag for name, version in files.items()}
+
+
+def _others(spends: list[Spend], kept: list[Spend]) -> list[Spend]:
+    """Return the spends of attempts that are not kept, also where a file was written again with the same attempt."""
+    known = {(spend.file, spend.ended_at) for spend in kept}
+    return [spend for spend in spends if (spend.file, spend.ended_at) not in known]
+
+
+def _spends(files: RunFiles) -> list[Spend]:
+    return files.spends(files.counted())
 
 
 def _unknown(file: str, version: Version) -> Spend:
@@ -140,15 +220,11 @@ def list_runs(storage: Storage, dataset_name: str) -> list[RunFiles]:
     prefix = f"runs/{dataset_name}/"
     runs: dict[str, RunFiles] = {}
     for version in storage.list_versions(prefix):
-        run_id, _, name = version.path.removeprefix(prefix).partition("/")
-        is_attempt = _ATTEMPT.fullmatch(name)
-        if not is_attempt and name != "summary.json":
-            continue
-        files = runs.get(run_id) or runs.setdefault(run_id, RunFiles(Run(storage, dataset_name, run_id)))
-        if is_attempt:
-            files.attempts[name] = version
-        else:
-            files.summary = version
+        run_id = version.path.removeprefix(prefix).partition("/")[0]
+        if RUN_ID.fullmatch(run_id):
+            files = runs.get(run_id) or RunFiles(Run(storage, dataset_name, run_id))
+            if files.add(version):
+                runs[run_id] = files
     return list(runs.values())
 
 
@@ -164,14 +240,11 @@ def spent_usd(
         StorageError: an attempt's file is damaged.
     """
 
-    def read(files: RunFiles) -> list[Spend]:
-        summary = files.run.read("summary.json", Counted) if files.summary else None
-        return files.spends(summary.attempts if summary else [])
-
     def may_matter(files: RunFiles) -> bool:
-        latest = max((version.written_at for version in files.attempts.values()), default=None)
+        books = [*files.attempts.values(), *files.cleaned.values()]
+        latest = max((version.written_at for version in books), default=None)
         return files.run.run_id != but_run and latest is not None and latest >= start - CLOCKS
 
     with ThreadPoolExecutor(THREADS) as threads:
-        found = chain.from_iterable(threads.map(read, filter(may_matter, list_runs(storage, dataset_name))))
+        found = chain.from_iterable(threads.map(_spends, filter(may_matter, list_runs(storage, dataset_name))))
         return math.fsum(spend.cost_usd or 0.0 for spend in found if start <= spend.ended_at < end)

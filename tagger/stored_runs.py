@@ -38,7 +38,7 @@ class StoredRun:
     texts: Held = field(default_factory=Held)
     """Its snapshot: all that holds texts."""
     files: Held = field(default_factory=Held)
-    """Its other files but its summary, and what is left of it once it is cleaned."""
+    """Its other files, those aside that are left when it is cleaned: `summary.json` and `cleaned-<n>.json`."""
     summed_up_at: datetime | None = None
     attempted_at: datetime | None = None
     """When an attempt at a shard last wrote."""
@@ -47,7 +47,7 @@ class StoredRun:
 
     @property
     def written_at(self) -> datetime | None:
-        """When it last wrote anything; None where nothing but `cleaned.json` is left."""
+        """When it last wrote anything itself; None where it left nothing."""
         times = (self.texts.newest, self.files.newest, self.summed_up_at)
         return max((time for time in times if time is not None), default=None)
 
@@ -101,7 +101,7 @@ def stored_runs(storage: Storage, dataset_name: str) -> list[StoredRun]:
                 stored.texts.add(version)
             elif name == "summary.json":
                 stored.summed_up_at = version.written_at
-            elif name != CLEANED:
+            elif not name.startswith(CLEANED):
                 stored.files.add(version)
                 if name.startswith("shard-"):
                     stored.attempted_at = max(version.written_at, stored.attempted_at or version.written_at)

