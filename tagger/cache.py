@@ -103,6 +103,15 @@ class Record(BaseModel):
         return self.model_dump_json().encode()
 
 
+class Extent(NamedTuple):
+    """How much a spec's part of the cache holds."""
+
+    records: int = 0
+    bytes: int = 0
+    newest: datetime | None = None
+    """When the newest record was written, by the clock of S3."""
+
+
 class DamagedRecord(Exception):
     """An object in the cache is no record."""
 
@@ -121,15 +130,6 @@ def parse_record(body: bytes, model: str) -> Record:
         raise DamagedRecord from None
     if isinstance(version, int) and version > RECORD_VERSION:
         raise InputError(
-class Extent(NamedTuple):
-    """How much a spec's part of the cache holds."""
-
-    records: int = 0
-    bytes: int = 0
-    newest: datetime | None = None
-    """When the newest record was written, by the clock of S3."""
-
-
             f"the cache holds records of version {version}, this tagger reads up to {RECORD_VERSION}: upgrade it"
         )
     try:
@@ -260,15 +260,6 @@ class Cache:
         self._storage.delete(self.path(key))
         self._complete.discard(key)
 
-    def sample(self, most: int) -> list[Record]:
-        """Return up to `most` records of this spec, drawn at random: a listing goes by hashes."""
-        paths = (path for path, size in self._storage.list(self._prefix) if size >= SMALLEST_RECORD)
-        return list(self.read_many(path[-37:-5] for path in islice(paths, most)).values())
-
-    def mean_cost(self, sample: int = 20) -> float | None:
-        """Return the mean cost of a record of this spec in USD, from `sample` records; None where it is unknown."""
-        costs = [record.cost_usd for record in self.sample(sample) if record.cost_usd is not None]
-        return sum(costs) / len(costs) if costs else None
     def extent(self) -> Extent:
         """Return how much there is, in bounded memory; 1,000 records a request."""
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -298,3 +289,12 @@ class Cache:
     def _delete(self, prefix: str) -> None:
         self._storage.delete_many(path for path, _ in self._storage.list(prefix))
 
+    def sample(self, most: int) -> list[Record]:
+        """Return up to `most` records of this spec, drawn at random: a listing goes by hashes."""
+        paths = (path for path, size in self._storage.list(self._prefix) if size >= SMALLEST_RECORD)
+        return list(self.read_many(path[-37:-5] for path in islice(paths, most)).values())
+
+    def mean_cost(self, sample: int = 20) -> float | None:
+        """Return the mean cost of a record of this spec in USD, from `sample` records; None where it is unknown."""
+        costs = [record.cost_usd for record in self.sample(sample) if record.cost_usd is not None]
+        return sum(costs) / len(costs) if costs else None

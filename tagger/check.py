@@ -6,8 +6,8 @@ from contextlib import closing
 import openai
 
 from tagger.batch_api import BatchAPI
-from tagger.connections import Connections, database, openai_client
 from tagger.clean import describe
+from tagger.connections import Connections, database, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
 from tagger.plan import WITHOUT_LOCK
@@ -46,6 +46,7 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
             yield f"target {dataset.target.table}: missing; the first run makes it, or `--create`"
     made = Storage.connect(dataset.storage, dataset.storage_conn_id, connections).check(create=create)
     yield f"storage {dataset.storage}: {'made' if made else 'there'}"
+    yield f"retention: {describe(dataset.retention)}"
     yield _check_llm(dataset, connections)
     by_batch = dataset.llm.mode == "batch"
     if by_batch:
@@ -55,7 +56,6 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
     price = price_of(dataset.llm, batch=by_batch)
     if price is None:
         yield f"price of {dataset.llm.model}: not known, so costs are not counted; `llm.price` sets it"
-    yield f"retention: {describe(dataset.retention)}"
     else:
         line = f"price of {dataset.llm.model}: ${price.input:g} in, ${price.output:g} out per million tokens"
         yield line + (", by the Batch API" if by_batch else "")

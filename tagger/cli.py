@@ -99,13 +99,6 @@ def _dataset(options: argparse.Namespace) -> Dataset:
     return load_dataset(find_dataset(options.dataset))
 
 
-def _paths(names: list[str]) -> list[Path]:
-    paths = [find_dataset(name) for name in names] if names else dataset_files(datasets_folder())
-    if not paths:
-        raise InputError(f"no dataset files in {datasets_folder()}; $TAGGER_DATASETS names another folder")
-    return paths
-
-
 def _open(options: argparse.Namespace, connections: Connections) -> Any:
     from tagger.runs import open_run
 

@@ -225,31 +225,6 @@ class Rollout(Model):
     texts_per_run: int = Field(ge=1)
 
 
-class Shards(Model):
-    """How the new texts are spread over mapped tasks."""
-
-    texts_per_shard: int = Field(default=5000, ge=1)
-    max: int = Field(default=16, ge=1, le=1000)
-
-
-class Alerts(Model):
-    """Whom to tell by e-mail, and after how long a run is late."""
-
-    to: list[str] = Field(default_factory=list)
-    deadline: Duration | None = None
-
-    @field_validator("to")
-    @classmethod
-    def _addresses(cls, to: list[str]) -> list[str]:
-        if not all(re.fullmatch(r"[^@\s<>,;]+@[^@\s<>,;]+", address) for address in to):
-            raise ValueError("addresses such as team@example.com")
-        return to
-
-
-class Task(Model):
-    """How Airflow runs one step."""
-
-    queue: str | None = Field(default=None, min_length=1)
 LEAST_RETENTION = timedelta(days=2)
 """A run that waits for a batch writes nothing for up to a day, and is not to lose what it goes on with."""
 
@@ -277,6 +252,31 @@ def in_days(duration: timedelta) -> str:
     return f"{duration / timedelta(days=1):g}d"
 
 
+class Shards(Model):
+    """How the new texts are spread over mapped tasks."""
+
+    texts_per_shard: int = Field(default=5000, ge=1)
+    max: int = Field(default=16, ge=1, le=1000)
+
+
+class Alerts(Model):
+    """Whom to tell by e-mail, and after how long a run is late."""
+
+    to: list[str] = Field(default_factory=list)
+    deadline: Duration | None = None
+
+    @field_validator("to")
+    @classmethod
+    def _addresses(cls, to: list[str]) -> list[str]:
+        if not all(re.fullmatch(r"[^@\s<>,;]+@[^@\s<>,;]+", address) for address in to):
+            raise ValueError("addresses such as team@example.com")
+        return to
+
+
+class Task(Model):
+    """How Airflow runs one step."""
+
+    queue: str | None = Field(default=None, min_length=1)
     timeout: Duration | None = None
     retries: int = Field(default=3, ge=0, le=100)
     executor_config: dict[str, Any] = Field(default_factory=dict)
@@ -333,6 +333,7 @@ class Dataset(Model):
     lock: Lock | None = None
     limits: Limits = Limits()
     rollout: Rollout | None = None
+    retention: Retention = Retention()
     shards: Shards = Shards()
     alerts: Alerts = Alerts()
     max_active_runs: int = Field(default=1, ge=1, le=1000)
@@ -358,7 +359,6 @@ class Dataset(Model):
         try:
             prompt.encode()
         except UnicodeEncodeError:
-    retention: Retention = Retention()
             raise ValueError("text without halves of surrogate pairs") from None
         return prompt
 

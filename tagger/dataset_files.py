@@ -18,8 +18,8 @@ from tagger.dataset import (
     Limits,
     Lock,
     Price,
-    Shards,
     Retention,
+    Shards,
     Source,
     Tag,
     Target,
@@ -40,7 +40,6 @@ def dataset_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.y*ml") if p.suffix in {".yaml", ".yml"} and p.is_file())
 
 
-def find_dataset(name_or_path: str, folder: Path | None = None) -> Path:
 def dataset_paths(names: list[str]) -> list[Path]:
     """Return the files of datasets given by name or path; without any, all of the folder.
 
@@ -53,6 +52,7 @@ def dataset_paths(names: list[str]) -> list[Path]:
     return paths
 
 
+def find_dataset(name_or_path: str, folder: Path | None = None) -> Path:
     """Return the file of a dataset given by its name or by a path.
 
     Raises:
@@ -284,6 +284,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "examples": Example,
     "lock": Lock,
     "limits": Limits,
+    "retention": Retention,
     "shards": Shards,
     "alerts": Alerts,
     "tasks": Tasks,
@@ -309,4 +310,3 @@ def _show(value: Any) -> str:
     name = _TYPE_NAMES.get(type(value))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return f"{shown} ({name})" if name and not isinstance(value, str) else shown
-    "retention": Retention,

@@ -262,17 +262,17 @@ class Run:
         return body
 
     def _missing(self, name: str, command: str) -> str:
-        return f"run `{self.run_id}` of `{self.dataset_name}` has no {name}: `{command}` has not succeeded"
-
-
-def rows_path(run: Run, plan_id: str) -> str:
-    """Return the path of a plan's rows: id, key, and whether the text is too long."""
         later = (f"{self.files}{later}" for later in ("plan.json", "summary.json", CLEANED))
         if name in ("dataset.json", "snapshot.json") and any(next(self.storage.list(path), None) for path in later):
             return (
                 f"run `{self.run_id}` of `{self.dataset_name}`: its {name} is gone (`retention`): start the run again "
                 "at its first step, `tagger snapshot` (in Airflow, clear its task `snapshot` too)"
             )
+        return f"run `{self.run_id}` of `{self.dataset_name}` has no {name}: `{command}` has not succeeded"
+
+
+def rows_path(run: Run, plan_id: str) -> str:
+    """Return the path of a plan's rows: id, key, and whether the text is too long."""
     return f"{run.files}rows-{plan_id}.parquet"
 
 
