@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import openai
+import sqlalchemy as sa
 
 from tagger.batch_api import BatchAPI
 from tagger.clean import describe
@@ -13,10 +14,11 @@ from tagger.exceptions import InputError, Unreachable
 from tagger.plan import WITHOUT_LOCK
 from tagger.price import price_of
 from tagger.redis_connection import ping_redis, redis_client
-from tagger.snapshot import SourceTable
+from tagger.replica import missed_rows, takes_writes
+from tagger.snapshot import SourceTable, database_time
 from tagger.spec import spec_id
 from tagger.storage import Storage
-from tagger.tables import complete_target, connecting, create_target, existing_target, has_view
+from tagger.tables import complete_target, connecting, create_target, existing_target, has_view, split_name
 
 
 def check(dataset: Dataset, connections: Connections, *, create: bool = False) -> Iterator[str]:
@@ -29,8 +31,15 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
     source = dataset.source
     with connecting(database(source.conn_id, connections), source.conn_id) as connection:
         ids = SourceTable(connection, dataset).id_type
+        warnings = list(_source_warnings(connection, dataset))
     yield f"source {source.table}: there, its ids are {ids}"
+    yield from (f"source {source.table}: {warning}" for warning in warnings)
     with connecting(database(dataset.target_conn_id, connections), dataset.target_conn_id) as connection:
+        if not takes_writes(connection):
+            raise InputError(
+                f"`target.conn_id`: connection `{dataset.target_conn_id}` takes no writes (a replica?); it must name "
+                "the primary"
+            )
         for added in complete_target(connection, dataset.target.table, ids) if create else ():
             yield f"target {dataset.target.table}: {added} made"
         connection.commit()
@@ -64,6 +73,33 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
             yield f"lock {dataset.lock.conn_id}: answers at {ping_redis(redis, dataset.lock.conn_id)}"
     else:
         yield WITHOUT_LOCK
+
+
+def _source_warnings(connection: sa.Connection, dataset: Dataset) -> Iterator[str]:
+    """Yield what costs time, or rows: no run fails for it."""
+    source = dataset.source
+    if source.updated_at is not None and _lacks_index(connection, source.table, source.updated_at):
+        yield f"`{source.updated_at}` has no index, so each run reads the whole table"
+    if missed := missed_rows(connection, dataset, database_time(connection)):
+        yield missed
+
+
+def _lacks_index(connection: sa.Connection, table: str, name: str) -> bool:
+    """Return whether no index of a table finds rows by the values of a column.
+
+    One that begins with the column does, unless it is a hash or of some rows only. False for a view, whose tables may
+    have one, and on SQLite, where the window is no condition that an index serves.
+    """
+    inspector = sa.inspect(connection)
+    schema, table_name = split_name(table)
+    if connection.dialect.name == "sqlite" or table_name not in inspector.get_table_names(schema):
+        return False
+    firsts = [inspector.get_pk_constraint(table_name, schema)["constrained_columns"][:1]]
+    for index in inspector.get_indexes(table_name, schema):
+        options = index.get("dialect_options", {})
+        if not options.get("postgresql_where") and options.get("postgresql_using") != "hash":
+            firsts.append(index["column_names"][:1])
+    return [name] not in firsts
 
 
 def _check_llm(dataset: Dataset, connections: Connections) -> str:

@@ -20,6 +20,7 @@ from tagger.changes import GOOD, target_rows
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
+from tagger.replica import missed_rows
 from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
 from tagger.spec import spec_id
 from tagger.tables import column, connecting, id_type, reflect
@@ -59,6 +60,8 @@ def snapshot(
     with connecting(engine, dataset.source.conn_id) as connection:
         source = SourceTable(connection, dataset)
         taken_at = database_time(connection)
+        if missed := missed_rows(connection, dataset, taken_at, selection):
+            logger.warning("snapshot: source %s: %s", dataset.source.table, missed)
         unfinished, older = _target_ids(dataset, source.id_type, selection, options, connections)
         with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
             rows = 0
