@@ -8,12 +8,13 @@ import heapq
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import sqlalchemy as sa
 
 from tagger.changes import GOOD, target_rows
@@ -23,7 +24,7 @@ from tagger.exceptions import InputError
 from tagger.replica import missed_rows
 from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
 from tagger.spec import spec_id
-from tagger.tables import column, connecting, id_type, reflect
+from tagger.tables import UtcDateTime, column, connecting, id_type, reflect
 from tagger.window import Options, Selection
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ ROWS_A_FETCH = 500
 CHARS_A_WRITE = 4_000_000
 ROWS_A_WRITE = 20_000
 IDS_A_QUERY = 500
+
+Columns = tuple[Sequence[Any], Sequence[str]]
+"""Ids and texts of some rows, as lists or Arrow arrays."""
 
 
 def snapshot(
@@ -65,9 +69,9 @@ def snapshot(
         unfinished, older = _target_ids(dataset, source.id_type, selection, options, connections)
         with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
             rows = 0
-            for batch in _batches(source.rows(selection, unfinished, older)):
-                parquet.write({"id": [r[0] for r in batch], "text": [r[1] for r in batch]})
-                rows += len(batch)
+            for ids, texts in source.rows(selection, unfinished, older):
+                parquet.write({"id": ids, "text": texts})
+                rows += len(ids)
     taken = Snapshot(
         rows_file=rows_file,
         rows=rows,
@@ -94,17 +98,18 @@ def _forget_older(run: Run, rows_file: str) -> None:
             run.storage.delete(path)
 
 
-def _batches(rows: Iterable[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
-    batch: list[tuple[Any, str]] = []
+def _batches(rows: Iterable[tuple[Any, str]]) -> Iterator[Columns]:
+    ids, texts = list[Any](), list[str]()
     chars = 0
-    for row in rows:
-        batch.append(row)
-        chars += len(row[1])
-        if chars >= CHARS_A_WRITE or len(batch) >= ROWS_A_WRITE:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+    for row_id, text in rows:
+        ids.append(row_id)
+        texts.append(text)
+        chars += len(text)
+        if chars >= CHARS_A_WRITE or len(ids) >= ROWS_A_WRITE:
+            yield ids, texts
+            ids, texts, chars = [], [], 0
+    if ids:
+        yield ids, texts
 
 
 def database_time(connection: sa.Connection) -> datetime:
@@ -112,6 +117,9 @@ def database_time(connection: sa.Connection) -> datetime:
     if connection.dialect.name == "sqlite":
         now = connection.execute(sa.text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')")).scalar_one()
         return datetime.fromisoformat(now).replace(tzinfo=UTC)
+    if connection.dialect.name == "mysql":
+        utc: datetime = connection.execute(sa.text("SELECT UTC_TIMESTAMP(6)")).scalar_one()
+        return utc.replace(tzinfo=UTC)
     instant: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
     return instant.astimezone(UTC)
 
@@ -144,7 +152,8 @@ class SourceTable:
         self._id = column(table, source.id_column, "source.id_column")
         self.id_type: IdType = id_type(self._id)
         self._text_names = source.text_columns
-        self._texts = [_as_text(column(table, name, "source.text_columns")) for name in source.text_columns]
+        texts = [column(table, name, "source.text_columns") for name in source.text_columns]
+        self._texts = [_as_text(text, connection.dialect) for text in texts]
         self._updated_at = (
             column(table, source.updated_at, "source.updated_at") if source.updated_at is not None else None
         )
@@ -153,8 +162,8 @@ class SourceTable:
         if connection.dialect.name != "sqlite":
             self._condition_for(Selection(rows="window", start=utc_now(), end=utc_now(), unfinished=False))
 
-    def rows(self, selection: Selection, unfinished: set[Any], older: set[Any]) -> Iterator[tuple[Any, str]]:
-        """Yield id and text of the `unfinished` rows, of the other selected ones, and of some of the `older` ones.
+    def rows(self, selection: Selection, unfinished: set[Any], older: set[Any]) -> Iterator[Columns]:
+        """Yield ids and texts of the `unfinished` rows, of the other selected ones, and of some of the `older` ones.
 
         Each in the order of the ids, but the last: these are as many as the selection's `rollout`, the newest first.
 
@@ -163,14 +172,56 @@ class SourceTable:
         """
         if self._connection.dialect.name == "sqlite":
             self._prepare_sqlite(selection)
-        yield from self._rows_of(sorted(unfinished))
+        yield from _batches(self._rows_of(sorted(unfinished)))
         condition = self._condition_for(selection)
-        for row in self._read(self._query if condition is None else self._query.where(condition)):
-            older.discard(row[0])
-            if row[0] not in unfinished:
-                yield self._id_out(row[0]), self._join(row)
+        query = self._query if condition is None else self._query.where(condition)
+        copies = self._connection.dialect.name == "postgresql"
+        yield from (self._copied if copies else self._selected)(query, unfinished, older)
         if selection.rollout and older:
-            yield from self._rows_of(self._newest(older - unfinished, selection.rollout))
+            yield from _batches(self._rows_of(self._newest(older - unfinished, selection.rollout)))
+
+    def _selected(self, query: sa.Select[Any], unfinished: set[Any], older: set[Any]) -> Iterator[Columns]:
+        """Yield what the query selects but the `unfinished` rows, and take all of it from the `older` ones."""
+
+        def rows() -> Iterator[tuple[Any, str]]:
+            for row in self._read(query):
+                older.discard(row[0])
+                if row[0] not in unfinished:
+                    yield self._id_out(row[0]), self._join(row)
+
+        return _batches(rows())
+
+    def _copied(self, query: sa.Select[Any], unfinished: set[Any], older: set[Any]) -> Iterator[Columns]:
+        """Do what `_selected` does, by COPY."""
+        from tagger.postgres_copy import copied_out, joined
+
+        def raw(ids: list[Any]) -> list[Any]:
+            return list(map(uuid.UUID, ids)) if self.id_type == "uuid" else ids
+
+        last: Any = None
+        is_integer = self.id_type == "integer"
+        for ids, texts in copied_out(
+            self._connection, query, integers=is_integer, rows=ROWS_A_WRITE, size=CHARS_A_WRITE
+        ):
+            self._check_ids(ids, last)
+            last = ids[-1].as_py()
+            text = joined(texts)
+            if unfinished or older:
+                known = raw(ids.to_pylist())
+                older.difference_update(known)
+                others = pa.array([row_id not in unfinished for row_id in known])
+                ids, text = ids.filter(others), text.filter(others)
+            if len(ids):
+                yield ids, text
+
+    def _check_ids(self, ids: pa.Array, last: Any) -> None:
+        """Raise InputError where one is NULL, or the one before it, which is `last` before the first."""
+        if ids.null_count:
+            raise InputError(f"`source.id_column`: a row of {self._name} has NULL in `{self._id.name}`")
+        again = pc.equal(ids, pa.concat_arrays([pa.array([last], ids.type), ids[:-1]]))
+        if pc.any(again).as_py():
+            twice = ids.filter(again)[0].as_py()
+            raise InputError(f"`source.id_column`: id {twice!r} appears twice in {self._name}")
 
     def ids(self) -> Iterator[Any]:
         """Yield the ids of all rows, in their order."""
@@ -188,7 +239,8 @@ class SourceTable:
         for start in range(0, len(ids), IDS_A_QUERY):
             place = {row_id: i for i, row_id in enumerate(ids[start : start + IDS_A_QUERY])}
             rows = self._read(self._query.where(self._id.in_(place)))
-            for row in sorted(rows, key=lambda row: place.get(row[0], 0)):
+            # in MySQL `a` may be found as `A`, which was not asked for
+            for row in sorted((row for row in rows if row[0] in place), key=lambda row: place[row[0]]):
                 yield self._id_out(row[0]), self._join(row)
 
     def _newest(self, ids: set[Any], count: int) -> list[Any]:
@@ -196,7 +248,8 @@ class SourceTable:
         changed, left = self._updated_at, iter(ids)
         if changed is None:  # all rows are taken anyway
             return []
-        when = sa.type_coerce(changed, sa.Text) if self._connection.dialect.name == "sqlite" else changed
+        as_text = {"sqlite": sa.type_coerce, "mysql": sa.cast}.get(self._connection.dialect.name)
+        when = changed if as_text is None else as_text(changed, sa.Text)  # there may be some that are no times
         query = sa.select(when, self._id).where(changed.is_not(None))
         parts = iter(lambda: list(islice(left, IDS_A_QUERY)), [])
         rows = (row for part in parts for row in self._connection.execute(query.where(self._id.in_(part))))
@@ -225,6 +278,8 @@ class SourceTable:
                 f"`source.id_column`: id {value!r} in {self._name} is {type(value).__name__}, "
                 f"the column is declared {self._id.type}"
             )
+        if self.id_type == "integer" and value >= 2**63:
+            raise InputError(f"`source.id_column`: id {value} in {self._name} is beyond {2**63 - 1}")
         return str(value) if self.id_type == "uuid" else value
 
     def _join(self, row: sa.Row[Any]) -> str:
@@ -244,11 +299,10 @@ class SourceTable:
             return None
         if self._connection.dialect.name == "sqlite":
             return sa.func.tagger_takes(self._id, changed) == 1
-        low: date
-        high: date
-        if isinstance(changed.type, sa.DateTime) and changed.type.timezone:
-            assert selection.end is not None
-            low, high = selection.start, selection.end
+        low: Any
+        high: Any
+        if _is_instant(changed, self._connection.dialect):
+            low, high = (sa.literal(time, UtcDateTime()) for time in (selection.start, selection.end))
         elif isinstance(changed.type, sa.DateTime):
             low, high = selection.naive_bounds(self._zone)
         elif isinstance(changed.type, sa.Date):
@@ -278,8 +332,24 @@ class SourceTable:
         raw.create_function("tagger_takes", 2, takes)
 
 
-def _as_text(text: sa.Column[Any]) -> sa.ColumnElement[Any]:
+def _as_text(text: sa.Column[Any], dialect: sa.Dialect) -> sa.ColumnElement[Any]:
+    if dialect.name != "sqlite" and _is_binary(text.type):
+        raise InputError(f"`source.text_columns`: `{text.name}` is {text.type}, which is no text")
     return text if isinstance(text.type, sa.String) else sa.cast(text, sa.Text).label(text.name)
+
+
+def _is_binary(kind: sa.types.TypeEngine[Any]) -> bool:
+    try:
+        return kind.python_type is bytes
+    except NotImplementedError:
+        return False
+
+
+def _is_instant(time: sa.Column[Any], dialect: sa.Dialect) -> bool:
+    """Return whether a column holds moments, whatever the time zone: in MySQL a TIMESTAMP does, a DATETIME does not."""
+    if dialect.name == "mysql":
+        return isinstance(time.type, sa.TIMESTAMP)
+    return isinstance(time.type, sa.DateTime) and time.type.timezone
 
 
 def _sqlite_time(value: object) -> datetime | date | None:
