@@ -137,6 +137,23 @@ def check_version(dialect: "sa.Dialect", conn_id: str) -> None:
 
 
 @contextmanager
+def abandoned_on_error(connection: "sa.Connection") -> Iterator[None]:
+    """Let go of a MySQL connection when the block fails: to end a query, PyMySQL would first read all rows left."""
+    if connection.dialect.name != "mysql":
+        yield
+        return
+    driver: Any = connection.connection.dbapi_connection
+    try:
+        yield
+    except BaseException:
+        if driver._result is not None:
+            driver._result.unbuffered_active = False
+        if not connection.invalidated:
+            connection.invalidate()
+        raise
+
+
+@contextmanager
 def only_session(connection: "sa.Connection", schema: str | None, table: str) -> Iterator[None]:
     """Keep other sessions out that want the same table; the lock goes with the session where that is lost.
 

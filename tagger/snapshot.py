@@ -21,6 +21,7 @@ from tagger.changes import GOOD, target_rows
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
+from tagger.mysql import abandoned_on_error
 from tagger.replica import missed_rows
 from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
 from tagger.spec import spec_id
@@ -58,7 +59,6 @@ def snapshot(
         dataset = dataset.model_copy(update={"limits": limits})
     run.storage.check()
     run.forget("snapshot.json", "plan.json", "load.json", "summary.json")
-    run.freeze(dataset)
     rows_file = f"{run.texts}rows-{uuid.uuid4().hex[:8]}.parquet"
     engine = database(dataset.source.conn_id, connections)
     with connecting(engine, dataset.source.conn_id) as connection:
@@ -67,6 +67,7 @@ def snapshot(
         if missed := missed_rows(connection, dataset, taken_at, selection):
             logger.warning("snapshot: source %s: %s", dataset.source.table, missed)
         unfinished, older = _target_ids(dataset, source.id_type, selection, options, connections)
+        run.freeze(dataset)
         with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
             rows = 0
             for ids, texts in source.rows(selection, unfinished, older):
@@ -258,8 +259,9 @@ class SourceTable:
     def _read(self, query: sa.Select[Any]) -> Iterator[sa.Row[Any]]:
         last: Any = None
         try:
-            with self._connection.execution_options(yield_per=ROWS_A_FETCH).execute(query) as result:
-                for row in result:
+            rows = self._connection.execution_options(yield_per=ROWS_A_FETCH).execute(query)
+            with rows, abandoned_on_error(self._connection):
+                for row in rows:
                     if row[0] is None:
                         raise InputError(f"`source.id_column`: a row of {self._name} has NULL in `{self._id.name}`")
                     if row[0] == last:
@@ -285,6 +287,8 @@ class SourceTable:
     def _join(self, row: sa.Row[Any]) -> str:
         parts: list[str] = []
         for name, part in zip(self._text_names, tuple(row)[1:], strict=True):
+            if isinstance(part, bytes):  # SQLite keeps them in a column of any type
+                part = part.decode("utf-8", "replace")
             if part is not None and not isinstance(part, str):
                 raise InputError(
                     f"`source.text_columns`: `{name}` of row {row[0]!r} is {type(part).__name__}; expected text"

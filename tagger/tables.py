@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, NoSuchTableError, SQLAlchemyError, Unrefl
 from sqlalchemy.types import TypeDecorator
 
 from tagger.exceptions import InputError, TaggerError, Unreachable
-from tagger.mysql import SPEAKING_ERRORS, check_version, is_mariadb, only_session, server_error
+from tagger.mysql import SPEAKING_ERRORS, abandoned_on_error, check_version, is_mariadb, only_session, server_error
 from tagger.runs import IdType
 
 
@@ -102,7 +102,8 @@ def connecting(engine: sa.Engine, conn_id: str) -> Iterator[sa.Connection]:
         if connection.dialect.name == "mysql":
             check_version(connection.dialect, conn_id)
         try:
-            yield connection
+            with abandoned_on_error(connection):
+                yield connection
         except DBAPIError as e:
             lost, reason = e.connection_invalidated, _reason(e)
             for error in (e, e.orig):  # they may quote a row, and stay the context of what is raised here

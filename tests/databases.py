@@ -1,13 +1,15 @@
-"""Projects over either database, and a counter of the S3 requests that the steps make."""
+"""Projects over each of the databases, and a counter of the S3 requests that the steps make."""
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +22,20 @@ from tagger.connections import Connection
 from tagger.runs import Run
 from tagger.s3_connection import s3_client
 from tagger.storage import Storage
+from tests.mariadb import MariaDB, MySQLDatabase
 from tests.project import MINIMAL, Project, merged, sqlite_project
 from tests.servers import RedisServer, S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-DATABASES = ("sqlite", "postgresql")
+DATABASES = ("sqlite", "postgresql", "mysql")
 
 
-def database_connection(database: Database, conn_id: str = "db") -> Connection:
-    """Return the Airflow connection of a PostgreSQL database."""
-    return Connection(
-        conn_id, "postgres", "127.0.0.1", database.port, database.user, database.password, schema=database.name
-    )
+def database_connection(database: Database | MySQLDatabase, conn_id: str = "db") -> Connection:
+    """Return the Airflow connection of a database on a server."""
+    kind, host = ("mysql", database.host) if isinstance(database, MySQLDatabase) else ("postgres", "127.0.0.1")
+    return Connection(conn_id, kind, host, database.port, database.user, database.password, schema=database.name)
 
 
 def redis_connection(server: RedisServer, **extra: Any) -> Connection:
@@ -59,6 +61,48 @@ class QuickProject(Project):
         return Run(Storage(self.dataset.storage, client), self.dataset.dataset, run_id)
 
 
+IN_MYSQL = {
+    r"\bTEXT PRIMARY KEY": "VARCHAR(255) COLLATE utf8mb4_bin PRIMARY KEY",
+    r"\bAS TEXT\)": "AS CHAR)",
+    r"\bAS INTEGER\)": "AS SIGNED)",
+    r"\bTIMESTAMP\b": "DATETIME(6)",
+    r"\bTIMESTAMPTZ\b": "TIMESTAMP(6) NULL",
+}
+"""How MySQL has what the tests say as PostgreSQL does."""
+
+
+def time_in_mysql(value: Any) -> Any:
+    """Return a time as MariaDB takes it, which knows no offsets."""
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d.*[+-]\d\d:\d\d", value):
+        return datetime.fromisoformat(value).astimezone(UTC).replace(tzinfo=None)
+    return value
+
+
+class MySQLProject(QuickProject):
+    """A project whose SQL is spelled as MySQL has it."""
+
+    def execute(self, statement: str, **values: Any) -> None:
+        """Run SQL on the source database, and commit."""
+        for ours, theirs in IN_MYSQL.items():
+            statement = re.sub(ours, theirs, statement)
+        super().execute(statement, **{name: time_in_mysql(value) for name, value in values.items()})
+
+
+def mysql_engine(database: MySQLDatabase) -> sa.Engine:
+    """Return an engine for the tests' own SQL, in which names are quoted as in the other databases."""
+    session = "SET SESSION time_zone = '+00:00', sql_mode = 'ANSI_QUOTES,STRICT_ALL_TABLES'"
+    return sa.create_engine(database.url, connect_args={"init_command": session})
+
+
+def mysql_project(server: MariaDB, store: S3Store, llm: StandIn) -> Project:
+    """Return a project with a MySQL database of its own, with a table `notes(id, body, updated_at)`."""
+    database = server.create_database(f"test_{uuid.uuid4().hex}")
+    content = merged(MINIMAL, {"storage": f"s3://{store.bucket}"})
+    project = MySQLProject(store, llm, database_connection(database), mysql_engine(database), content)
+    project.execute("CREATE TABLE notes (id BIGINT PRIMARY KEY, body LONGTEXT, updated_at TIMESTAMPTZ)")
+    return project
+
+
 def postgresql_project(server: PostgreSQL, store: S3Store, llm: StandIn) -> Project:
     """Return a project with a PostgreSQL database of its own, with a table `notes(id, body, updated_at)`."""
     database = server.create_database(f"test_{uuid.uuid4().hex}")
@@ -78,6 +122,10 @@ def make_project(kind: str, request: pytest.FixtureRequest) -> Project:
     server, llm = request.getfixturevalue("moto_server"), request.getfixturevalue("llm")
     store = replace(server, bucket=f"test-{uuid.uuid4().hex}")
     shared_client(store.endpoint, store.access_key, store.secret_key).create_bucket(Bucket=store.bucket)
+    if kind == "mysql":
+        project = mysql_project(request.getfixturevalue("mariadb"), store, llm)
+        request.addfinalizer(project.engine.dispose)
+        return project
     if kind == "sqlite":
         project = sqlite_project(request.getfixturevalue("tmp_path"), store, llm)
     else:
@@ -89,7 +137,8 @@ def make_project(kind: str, request: pytest.FixtureRequest) -> Project:
 def put_rows(project: Project, texts: Mapping[Any, str | None], updated_at: str | None = None) -> None:
     """Insert rows into the source, at once."""
     notes = sa.table("notes", sa.column("id"), sa.column("body"), sa.column("updated_at"))
-    rows = [{"id": row_id, "body": text, "updated_at": updated_at} for row_id, text in texts.items()]
+    at = time_in_mysql(updated_at) if project.engine.dialect.name == "mysql" else updated_at
+    rows = [{"id": row_id, "body": text, "updated_at": at} for row_id, text in texts.items()]
     with project.engine.begin() as connection:
         connection.execute(notes.insert(), rows)
 

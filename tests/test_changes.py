@@ -102,6 +102,7 @@ def test_rows_are_compared_over_many_groups_and_queries(project: Project, monkey
     [
         ("postgresql", "UUID", [f"8d8ac610-566d-4ef0-9c22-186b2a5ed79{i}" for i in range(3)]),
         ("postgresql", "TEXT", ["00042", "記事 1", "B"]),
+        ("mysql", "TEXT", ["00042", "記事 1", "B"]),
         ("sqlite", "TEXT", ["00042", "記事 1", "B"]),
     ],
 )

@@ -47,6 +47,11 @@ def postgres(request: pytest.FixtureRequest) -> Project:
     return make_project("postgresql", request)
 
 
+@pytest.fixture(params=["postgresql", "mysql"])
+def server(request: pytest.FixtureRequest) -> Project:
+    return make_project(request.param, request)
+
+
 def lenient(project: Project) -> Project:
     """Lets runs succeed whose texts fail."""
     project.change(limits={"max_failed_fraction": 1})
@@ -141,7 +146,7 @@ def test_the_target_may_have_a_schema(postgres: Project) -> None:
 def test_the_target_may_have_further_columns(either: Project) -> None:
     either.put(1, "apple")
     either.run()
-    either.execute("ALTER TABLE note_tags ADD COLUMN reviewed TEXT DEFAULT 'no'")
+    either.execute("ALTER TABLE note_tags ADD COLUMN reviewed VARCHAR(9) DEFAULT 'no'")
     either.put(1, "zebra")
 
     either.run()
@@ -430,7 +435,9 @@ def test_japanese_tags_stand_readable_in_the_target(either: Project) -> None:
     assert either.run().tags == {"果物": 1, '動物 "いぬ"': 1}
 
     with either.engine.connect() as connection:
-        raw = connection.execute(sa.text("SELECT CAST(tags AS TEXT) FROM note_tags ORDER BY row_id")).scalars().all()
+        tags = sa.cast(sa.column("tags"), sa.Text)
+        query = sa.select(tags).select_from(sa.table("note_tags")).order_by(sa.column("row_id"))
+        raw = connection.execute(query).scalars().all()
     assert raw == ['["果物"]', '["動物 \\"いぬ\\""]']
 
 
@@ -790,7 +797,9 @@ def test_two_loads_at_once_both_end_well(either: Project) -> None:
 def wait_until_blocked(project: Project) -> None:
     """Waits until a query of the database waits for another's lock."""
     waiting = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock' AND db = database()"
+        if project.engine.dialect.name == "mysql"
+        else "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     )
     until = time.monotonic() + 10
     with project.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -815,46 +824,46 @@ def at_statement(moment: str, start: str, thread: str, act: Callable[[], None]) 
         sa.event.remove(sa.Engine, f"{moment}_cursor_execute", watch_statement)
 
 
-def test_two_loads_that_both_make_the_target_both_end_well(postgres: Project) -> None:
-    postgres.put(1, "apple")
-    runs = [tagged(postgres, run_id) for run_id in ("one", "two")]
+def test_two_loads_that_both_make_the_target_both_end_well(server: Project) -> None:
+    server.put(1, "apple")
+    runs = [tagged(server, run_id) for run_id in ("one", "two")]
     rival: list[Future[Loaded]] = []
 
     with ThreadPoolExecutor(1, "first") as threads, ThreadPoolExecutor(1, "second") as rivals:
 
         def let_the_rival_in() -> None:
-            rival.append(rivals.submit(load_back, runs[1], postgres.connections))
-            wait_until_blocked(postgres)
+            rival.append(rivals.submit(load_back, runs[1], server.connections))
+            wait_until_blocked(server)
 
         with at_statement("after", "CREATE TABLE note_tags", "first_0", let_the_rival_in):
-            threads.submit(load_back, runs[0], postgres.connections).result()
+            threads.submit(load_back, runs[0], server.connections).result()
             rival[0].result()
 
-    assert postgres.target()[1].tags == ["fruit"]
+    assert server.target()[1].tags == ["fruit"]
 
 
-def test_two_loads_that_write_and_delete_each_others_rows_both_end_well(postgres: Project) -> None:
-    put_all(postgres, 5)
-    postgres.run()
-    postgres.put(1, None)
-    postgres.put(5, "zebra")
-    older = tagged(postgres, "older")
-    postgres.put(1, "rain")
-    postgres.put(5, "rain")
-    newer = tagged(postgres, "newer")
+def test_two_loads_that_write_and_delete_each_others_rows_both_end_well(server: Project) -> None:
+    put_all(server, 5)
+    server.run()
+    server.put(1, None)
+    server.put(5, "zebra")
+    older = tagged(server, "older")
+    server.put(1, "rain")
+    server.put(5, "rain")
+    newer = tagged(server, "newer")
     rival: list[Future[Loaded]] = []
 
     with ThreadPoolExecutor(1, "older") as threads, ThreadPoolExecutor(1, "newer") as rivals:
 
         def let_the_rival_in() -> None:
-            rival.append(rivals.submit(load_back, newer, postgres.connections))
-            wait_until_blocked(postgres)
+            rival.append(rivals.submit(load_back, newer, server.connections))
+            wait_until_blocked(server)
 
         with at_statement("before", "DELETE FROM note_tags", "older_0", let_the_rival_in):
-            threads.submit(load_back, older, postgres.connections).result()
+            threads.submit(load_back, older, server.connections).result()
             rival[0].result()
 
-    assert {row_id: row.tags for row_id, row in postgres.target().items() if row_id in (1, 5)} == {
+    assert {row_id: row.tags for row_id, row in server.target().items() if row_id in (1, 5)} == {
         1: ["weather"],
         5: ["weather"],
     }

@@ -438,6 +438,8 @@ def told_by(error: BaseException) -> str:
         ("postgresql", "good"),
         ("postgresql", "broken-target"),
         ("postgresql", "text-for-a-number"),
+        ("mysql", "good"),
+        ("mysql", "broken-target"),
     ],
 )
 def test_no_text_gets_about(
