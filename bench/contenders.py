@@ -1,6 +1,7 @@
 """The contenders, each in a process of its own: `python -m bench.contenders NAME SETTINGS`.
 
 `steps`    tagger's own steps
+`tables`   those of them that read and write tables, with answers that nobody gave
 `floor`    the bare openai SDK on threads, and one S3 write per answer that holds no call's slot
 `gokart`   gokart as its documentation shows it: one task per text, processes as workers
 
@@ -10,7 +11,7 @@ A contender's function does the imports and makes the connections, and returns w
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
@@ -62,6 +63,83 @@ def steps(settings: dict[str, Any]) -> Steps:
         "tag_first": lambda: tag(run, 1, connections),
         "requests": lambda: dict(counted),
     }
+
+
+def tables(settings: dict[str, Any]) -> Steps:
+    """Return the steps that read and write tables, and what stands for those between them.
+
+    `settings`: content (of the dataset file), run_id, limit (of the texts that are asked). `answer` books an answer to
+    each text that the plan gives to the shards; `settle` makes a plan of the same rows that has these texts cached.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    import tagger.postgres_copy  # noqa: F401 - the steps import it when they need it
+    from tagger.connections import connections_from_env as connections
+    from tagger.connections import database
+    from tagger.dataset_files import parse_dataset
+    from tagger.ledger import SCHEMA, Ledger
+    from tagger.load import load_back
+    from tagger.plan import NEW_KEYS_SCHEMA, plan
+    from tagger.runs import Plan, new_keys_path, open_run, opened_parquet, rows_path, shard_path, writing_parquet
+    from tagger.snapshot import snapshot
+    from tagger.window import Options, select_rows
+
+    dataset = parse_dataset(settings["content"], "bench.yaml")
+    run = open_run(dataset, settings["run_id"], connections)
+    run.storage.check(create=True)
+    database(dataset.source.conn_id, connections).connect().close()
+
+    def take() -> dict[str, Any]:
+        selection = select_rows(dataset, end=datetime.now(UTC), kind="regular", day=None, all_rows=True)
+        options = Options(limit=settings["limit"])
+        return {"rows": snapshot(dataset, run, selection, connections, options).rows}
+
+    def make_plan() -> dict[str, Any]:
+        planned = plan(run, connections)
+        return {"texts": planned.texts, "new": planned.new, "shards": len(planned.shards)}
+
+    def shards(planned: Plan, *columns: str) -> Iterator[tuple[int, pa.Table]]:
+        for shard in planned.shards:
+            with opened_parquet(run.storage, shard_path(run, planned.plan_id, shard.shard)) as file:
+                yield shard.shard, file.read(columns=columns)
+
+    def answer() -> dict[str, Any]:
+        planned, answered = run.plan(), 0
+        for number, asked in shards(planned, "key", "row_id"):
+            same = {"status": "tagged", "model": dataset.llm.model, "requests": 1, "answered_at": datetime.now(UTC)}
+            columns = {name: pa.repeat(pa.scalar(value), len(asked)) for name, value in same.items()}
+            columns["tags"] = pa.array([[dataset.tag_ids[i % 8]] for i in range(len(asked))])
+            columns |= {name: asked.column(name) for name in asked.column_names}
+            nothing = [name for name in SCHEMA.names if name not in columns]
+            columns |= {name: pa.nulls(len(asked), SCHEMA.field(name).type) for name in nothing}
+            books = Ledger(run, planned.plan_id, number, None)
+            books.create()
+            books._written.append(pa.table(columns).select(SCHEMA.names).cast(SCHEMA))
+            books._write("done", None)
+            answered += len(asked)
+        return {"answered": answered}
+
+    def settle() -> None:
+        planned = run.plan()
+        asked = pa.concat_tables([texts for _, texts in shards(planned, "key")])["key"].combine_chunks()
+        with opened_parquet(run.storage, new_keys_path(run, planned.plan_id)) as file:
+            keys = file.read(columns=["key"])["key"]
+        left = keys.filter(pc.invert(pc.is_in(keys, asked)))
+        changed = {"plan_id": "settled", "cached": planned.texts - len(left), "new": len(left), "shards": []}
+        rows = run.storage.get(rows_path(run, planned.plan_id))
+        assert rows is not None
+        run.storage.put(rows_path(run, "settled"), rows)
+        with writing_parquet(run.storage, new_keys_path(run, "settled"), NEW_KEYS_SCHEMA) as parquet:
+            parquet.write({"key": left, "deferred": pa.repeat(pa.scalar(False), len(left))})
+        run.write("plan.json", planned.model_copy(update=changed))
+        run.write("snapshot.json", run.snapshot().model_copy(update={"options": Options()}))
+
+    def load() -> dict[str, Any]:
+        loaded = load_back(run, connections)
+        return {"written": loaded.written, "deleted": loaded.deleted, "tags": sum(loaded.tags.values())}
+
+    return {"snapshot": take, "plan": make_plan, "answer": answer, "settle": settle, "load": load}
 
 
 def floor(settings: dict[str, Any]) -> Steps:
@@ -155,5 +233,5 @@ def _count_requests(client: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    chosen = {"steps": steps, "floor": floor, "gokart": gokart}[sys.argv[1]]
+    chosen = {"steps": steps, "tables": tables, "floor": floor, "gokart": gokart}[sys.argv[1]]
     serve_steps(lambda: chosen(json.loads(sys.argv[2])))

@@ -5,57 +5,51 @@ changed: only for those is a cache record fetched, and only those are written. A
 snapshot older than its own `snapshot_at`.
 """
 
+import json
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from sys import intern
-from typing import Any, NamedTuple
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import sqlalchemy as sa
 
-from tagger.batches import Batches
-from tagger.cache import Cache, Record
+from tagger.answers import RECORDS_A_READ, count, of_record, read_answers, staged
+from tagger.cache import Cache
 from tagger.connections import Connections, database
-from tagger.dataset import Dataset
 from tagger.exceptions import RunFailed
-from tagger.ledger import Latest, latest_outcomes, read_attempts
-from tagger.runs import TOO_LONG, IdType, Loaded, Plan, Run, Snapshot, new_keys_path, read_parquet, rows_path
-from tagger.tables import GONE, REVIEW, connecting, create_target, existing_target, is_reviewed, only_writer
+from tagger.ledger import instants
+from tagger.runs import TOO_LONG, Loaded, Plan, Run, Snapshot, opened_parquet, rows_path
+from tagger.tables import (
+    GONE,
+    MYSQL_TABLE,
+    REVIEW,
+    connecting,
+    create_target,
+    existing_target,
+    is_reviewed,
+    only_writer,
+)
 
 logger = logging.getLogger(__name__)
 
-RECORDS_A_READ = 5000
-"""Cached records fetched at once: what bounds the memory where many are needed."""
+ROWS_A_BATCH = 200_000
+"""Rows of the plan that are staged at once."""
+
+ROWS_A_STATEMENT = 5000
+"""Of these, where they go in by statements."""
+
+TAGS_IN_MYSQL = "'$[*]' COLUMNS (value VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$')"
+"""How JSON_TABLE is to read an array of tags."""
 
 GOOD = ("tagged", "refused", REVIEW)
 """Statuses that are an answer to the present text."""
 
-
-class Answer(NamedTuple):
-    """What a row's text came to, by the stage's columns. The answers to a million texts must fit into memory."""
-
-    status: str
-    answered: bool = False
-    """Whether it is by a record, which the columns below tell of."""
-    error: str | None = None
-    tags: tuple[str, ...] | None = None
-    model: str | None = None
-    tagged_at: datetime | None = None
-    confidence: float | None = None
-    """Of the tag that the LLM is least sure of; None where it was not asked, or gave no tag."""
-
-
-BLANK = Answer("blank")
-CACHED = Answer("cached", answered=True)
-SKIPPED = Answer("skipped", error="not asked yet; the next run asks")
-DEFERRED = Answer("deferred")
-"""Left to a later run by the plan: the row stays as it is."""
-PENDING = Answer("pending", error="in a batch that has not ended; a later run takes its answer")
-DAMAGED = Answer("failed", error="the cache record was damaged; the next run tags the text again")
+UNWRITTEN = ("cached", "deferred", "blank")
+"""Statuses of staged rows that leave the target's as they are, or take them out."""
 
 
 def load_back(run: Run, connections: Connections) -> Loaded:
@@ -71,31 +65,41 @@ def load_back(run: Run, connections: Connections) -> Loaded:
     run.forget("load.json", "summary.json")
     if taken.options.dry_run:
         return _nothing_loaded(run, planned)
-    cache = Cache(run.storage, planned.spec_id, dataset.llm.model)
-    answers = _answers(run, planned, cache)
+    cache = Cache(run.storage, planned.spec_id, dataset.llm.model, dataset.tag_ids)
+    answers = read_answers(run, planned, cache)
     engine = database(dataset.target_conn_id, connections)
-    with connecting(engine, dataset.target_conn_id) as connection:
+    with (
+        opened_parquet(run.storage, rows_path(run, planned.plan_id)) as rows,
+        connecting(engine, dataset.target_conn_id) as connection,
+    ):
+
+        def batches() -> Iterator[pa.Table]:
+            for batch in rows.iter_batches(ROWS_A_BATCH):
+                yield staged(pa.Table.from_batches([batch]), answers, dataset.source.max_chars)
+
         with only_writer(connection, dataset.target.table):
             target = existing_target(connection, dataset.target.table, taken.id_type)
             if target is None:
                 target = create_target(connection, dataset.target.table, taken.id_type)
-        loading = Loading(connection, target, run.run_id, planned.spec_id, taken, dataset.review_below)
-        loading.stage(_staged(run, dataset, planned, taken.id_type, answers))
-        damaged, damaged_row = loading.resolve(cache)
+            loading = Loading(connection, target, run.run_id, planned.spec_id, taken, dataset.review_below)
+            filled = loading.fill(batches()) if not planned.cached else None
+        written, deleted, damaged, damaged_row, problem = filled or 0, 0, 0, None, None
+        if filled is None:
+            loading.stage(batches())
+            damaged, damaged_row = loading.resolve(cache)
         with only_writer(connection, dataset.target.table):
-            written = loading.write()
-            if dataset.confidence:
-                written += loading.judge_again()
-            deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
+            if filled is None:
+                written = loading.write()
+                if dataset.confidence:
+                    written += loading.judge_again()
+                deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
             tags = loading.tag_counts()
             to_review = loading.count(REVIEW)
-    statuses = Counter("skipped" if answer is DEFERRED else answer.status for answer in answers.values())
-    counts = {status: statuses[status] for status in ("tagged", "refused", "failed", "skipped", "pending")}
     loaded = Loaded(
         written=written,
         deleted=deleted,
         problem=problem,
-        **counts,
+        **count(answers),
         damaged=damaged,
         damaged_row=damaged_row,
         tags=tags,
@@ -127,54 +131,6 @@ def _nothing_loaded(run: Run, planned: Plan) -> Loaded:
     return loaded
 
 
-def _answers(run: Run, planned: Plan, cache: Cache) -> dict[str, Answer]:
-    """Return what became of the plan's new texts, by key: from the attempts' books, and from the cache for the rest."""
-    outcomes = latest_outcomes(a for a in read_attempts(run) if a.plan_id == planned.plan_id)
-    answers: dict[str, Answer] = {}
-    for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id)):
-        # plans of before there were rollouts have no such column
-        deferred = batch.column("deferred").to_pylist() if "deferred" in batch.schema.names else [False] * len(batch)
-        for key, is_deferred in zip(batch.column("key").to_pylist(), deferred, strict=True):
-            answers[key] = DEFERRED if is_deferred else _of_outcome(outcomes.pop(key, None))
-    unanswered = iter(cache.find(key for key, answer in answers.items() if not answer.answered))
-    while keys := list(islice(unanswered, RECORDS_A_READ)):
-        answers.update((key, _of_record(record)) for key, record in cache.read_many(keys).items())
-    batches = Batches(run.storage, planned.spec_id)
-    pending = batches.keys(batches.unfinished())
-    answers.update((key, PENDING) for key in pending & answers.keys() if not answers[key].answered)
-    return answers
-
-
-def _of_outcome(outcome: Latest | None) -> Answer:
-    if outcome is None or outcome.status == "asked":
-        return SKIPPED
-    if outcome.status == "failed":
-        return Answer("failed", error=intern(f"{outcome.kind}: {outcome.error}"))
-    tags = outcome.tags if outcome.status == "tagged" else None
-    sure = min(outcome.confidence or (), default=None)
-    return Answer(outcome.status, True, outcome.kind, tags, outcome.model, outcome.answered_at, sure)
-
-
-def _of_record(record: Record) -> Answer:
-    tags = tuple(map(intern, record.tags)) if record.status == "tagged" else None
-    reason = None if record.reason is None else intern(record.reason)
-    sure = min(record.confidence or (), default=None)
-    return Answer(record.status, True, reason, tags, intern(record.model), record.created_at, sure)
-
-
-def _staged(
-    run: Run, dataset: Dataset, planned: Plan, ids: IdType, answers: dict[str, Answer]
-) -> Iterable[list[dict[str, Any]]]:
-    refused = Answer("refused", error=f"{TOO_LONG}: over {dataset.source.max_chars} characters")
-    for batch in read_parquet(run.storage, rows_path(run, planned.plan_id)):
-        columns = (batch.column(name).to_pylist() for name in ("id", "key", "too_long"))
-        staged = []
-        for row_id, key, is_too_long in zip(*columns, strict=True):
-            answer = BLANK if key is None else refused if is_too_long else answers.get(key, CACHED)
-            staged.append({"row_id": uuid.UUID(row_id) if ids == "uuid" else row_id, "key": key, **answer._asdict()})
-        yield staged
-
-
 class Loading:
     """One load into a target table over one connection."""
 
@@ -189,6 +145,7 @@ class Loading:
     ) -> None:
         self._review_below = review_below
         self._connection = connection
+        self._copies = connection.dialect.name == "postgresql"
         self._target = target
         self._run_id = run_id
         self._spec = spec
@@ -196,8 +153,9 @@ class Loading:
         self._stage = sa.Table(
             "tagger_stage",
             sa.MetaData(),
-            sa.Column("row_id", target.c.row_id.type, primary_key=True, autoincrement=False),
-            sa.Column("key", sa.String(32), index=True),
+            # PostgreSQL goes through all rows at once, without an index
+            sa.Column("row_id", target.c.row_id.type, primary_key=not self._copies, autoincrement=False),
+            sa.Column("key", sa.String(32)),
             sa.Column("status", sa.Text),
             sa.Column("answered", sa.Boolean),
             sa.Column("error", sa.Text),
@@ -206,14 +164,64 @@ class Loading:
             sa.Column("tagged_at", target.c.tagged_at.type),
             sa.Column("confidence", target.c.confidence.type),
             prefixes=["TEMPORARY"],
+            **MYSQL_TABLE,
         )
 
-    def stage(self, batches: Iterable[list[dict[str, Any]]]) -> None:
+    def fill(self, batches: Iterable[pa.Table]) -> int | None:
+        """Copy the run's rows, none of them `cached`, into the target, if it is empty and on PostgreSQL.
+
+        Returns how many went in; None where it is another target.
+        """
+        if not self._copies or self._connection.execute(sa.select(sa.select(self._target).exists())).scalar_one():
+            return None
+        from tagger.postgres_copy import copy_in
+
+        names = [name for name in self._target.columns.keys() if not name.startswith("reviewed_")]
+        return copy_in(
+            self._connection, self._target, names, (self._in_target(batch).select(names) for batch in batches)
+        )
+
+    def _in_target(self, staged: pa.Table) -> pa.Table:
+        """Return staged rows as `write` puts them into a target that has none of them."""
+        rows = staged.filter(pc.invert(pc.is_in(staged.column("status"), pa.array(UNWRITTEN))))
+        status, answered, confidence = (rows.column(name) for name in ("status", "answered", "confidence"))
+        if self._review_below is not None:
+            unsure = pc.and_(pc.equal(status, "tagged"), pc.less(confidence, self._review_below))
+            status = pc.if_else(pc.fill_null(unsure, False), REVIEW, status)
+        same = {"snapshot_at": self._taken.taken_at, "run_id": self._run_id}
+        columns = {
+            "status": status,
+            "cache_key": pc.if_else(answered, rows.column("key"), None),
+            "spec_id": pc.if_else(answered, self._spec, None),
+            **{name: pa.repeat(pa.scalar(value), rows.num_rows) for name, value in same.items()},
+        }
+        of_stage = ("row_id", "tags", "error", "model", "tagged_at", "confidence")
+        return pa.table({**{name: rows.column(name) for name in of_stage}, **columns})
+
+    def stage(self, batches: Iterable[pa.Table]) -> None:
         """Put the run's rows beside the target."""
         with self._connection.begin():
             self._stage.create(self._connection, checkfirst=False)
-            for batch in batches:
-                self._connection.execute(self._stage.insert(), batch)
+            if self._copies:
+                from tagger.postgres_copy import copy_in
+
+                copy_in(self._connection, self._stage, self._stage.columns.keys(), batches)
+                self._connection.exec_driver_sql(f"ANALYZE {self._stage.name}")
+            else:
+                for batch in batches:
+                    for part in batch.to_batches(ROWS_A_STATEMENT):
+                        self._connection.execute(self._stage.insert(), self._as_rows(part))
+
+    def _as_rows(self, staged: pa.RecordBatch) -> list[dict[str, Any]]:
+        """Return staged rows as SQLAlchemy takes them."""
+        columns = {
+            name: instants(staged[name]) if name == "tagged_at" else staged[name].to_pylist()
+            for name in staged.schema.names
+        }
+        columns["tags"] = [None if tags is None else json.loads(tags) for tags in columns["tags"]]
+        if self._taken.id_type == "uuid":
+            columns["row_id"] = list(map(uuid.UUID, columns["row_id"]))
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def resolve(self, cache: Cache) -> tuple[int, str | None]:
         """Fetch the records of those cached texts that the target does not have.
@@ -236,12 +244,15 @@ class Loading:
             )
         )
         with self._connection.begin():
-            wanted = iter([(str(key), str(row_id)) for key, row_id in self._connection.execute(query)])
+            lacking = [(str(key), str(row_id)) for key, row_id in self._connection.execute(query)]
+            if lacking:
+                sa.Index("tagger_stage_key", stage.c.key).create(self._connection)
+        wanted = iter(lacking)
         update = stage.update().where(stage.c.key == sa.bindparam("wanted"), stage.c.status == "cached")
         damaged: list[str] = []
         while rows := dict(islice(wanted, RECORDS_A_READ)):
             records = cache.read_many(rows)  # no transaction is open while S3 is read
-            found = {key: _of_record(records[key]) if key in records else DAMAGED for key in rows}
+            found = {key: of_record(records.get(key)) for key in rows}
             with self._connection.begin():
                 self._connection.execute(update, [{"wanted": key, **found[key]._asdict()} for key in rows])
             damaged += [row_id for key, row_id in rows.items() if key not in records]
@@ -252,48 +263,58 @@ class Loading:
         from sqlalchemy.dialects import postgresql, sqlite
 
         stage, target = self._stage, self._target
-        insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[self._connection.dialect.name](target)
         names = [name for name in target.columns.keys() if not name.startswith("reviewed_")]
-        rows = (
-            sa.select(
-                stage.c.row_id,
-                stage.c.tags,
-                sa.case((sa.and_(stage.c.status == "tagged", self._is_unsure(stage)), REVIEW), else_=stage.c.status),
-                stage.c.error,
-                sa.case((stage.c.answered, stage.c.key)),
-                sa.case((stage.c.answered, sa.literal(self._spec))),
-                stage.c.model,
-                stage.c.tagged_at,
-                sa.literal(self._taken.taken_at, target.c.snapshot_at.type),
-                sa.literal(self._run_id),
-                stage.c.confidence,
-            )
-            .where(stage.c.status.not_in(("cached", "deferred", "blank")))
-            .order_by(stage.c.row_id)
+        answers = (
+            stage.c.row_id,
+            stage.c.tags,
+            sa.case((sa.and_(stage.c.status == "tagged", self._is_unsure(stage)), REVIEW), else_=stage.c.status),
+            stage.c.error,
+            sa.case((stage.c.answered, stage.c.key)),
+            sa.case((stage.c.answered, sa.literal(self._spec))),
+            stage.c.model,
+            stage.c.tagged_at,
+            sa.literal(self._taken.taken_at, target.c.snapshot_at.type),
+            sa.literal(self._run_id),
+            stage.c.confidence,
         )
-        upsert = insert.from_select(names, rows)
-        new = upsert.excluded
+        columns = [answer.label(name) for name, answer in zip(names, answers, strict=True)]
+        rows = sa.select(*columns).where(stage.c.status.not_in(UNWRITTEN))
+        if self._connection.dialect.name == "mysql":
+            return self._update_and_insert(names, rows)
+        insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[self._connection.dialect.name](target)
+        upsert = insert.from_select(names, rows.order_by(stage.c.row_id))
+        values, is_changed = self._changes(upsert.excluded)
+        upsert = upsert.on_conflict_do_update(index_elements=[target.c.row_id], set_=values, where=is_changed)
+        return self._connection.execute(upsert.execution_options(preserve_rowcount=True)).rowcount
+
+    def _update_and_insert(self, names: list[str], rows: sa.Select[Any]) -> int:
+        """Do what the upsert does: MySQL's has no condition, and sees what it has set before in the same row."""
+        target = self._target
+        new = rows.subquery("new").c
+        values, is_changed = self._changes(new)
+        update = target.update().where(target.c.row_id == new.row_id, is_changed).values(values)
+        is_new = ~sa.exists().where(target.c.row_id == self._stage.c.row_id)
+        insert = target.insert().from_select(names, rows.where(is_new))
+        return sum(self._connection.execute(each).rowcount for each in (update, insert))
+
+    def _changes(self, new: Any) -> tuple[dict[str, Any], sa.ColumnElement[bool]]:
+        """Return what a row of the target becomes by a new answer, and whether that is to be written."""
+        target = self._target
         answered = new.cache_key.is_not(None)
         of_last_answer = ("tags", "cache_key", "spec_id", "model", "tagged_at", "confidence")
         # what somebody reviewed is in no doubt
         status = sa.case((sa.and_(new.status == REVIEW, is_reviewed(target)), "tagged"), else_=new.status)
-        upsert = upsert.on_conflict_do_update(
-            index_elements=[target.c.row_id],
-            set_={
-                "status": status,
-                **{name: new[name] for name in ("error", "snapshot_at", "run_id")},
-                **{name: sa.case((answered, new[name]), else_=target.c[name]) for name in of_last_answer},
-            },
-            where=sa.and_(
-                target.c.snapshot_at <= new.snapshot_at,
-                sa.or_(
-                    target.c.status != status,
-                    target.c.error.is_distinct_from(new.error),
-                    sa.and_(answered, target.c.cache_key.is_distinct_from(new.cache_key)),
-                ),
-            ),
+        values = {
+            "status": status,
+            **{name: new[name] for name in ("error", "snapshot_at", "run_id")},
+            **{name: sa.case((answered, new[name]), else_=target.c[name]) for name in of_last_answer},
+        }
+        differs = sa.or_(
+            target.c.status != status,
+            target.c.error.is_distinct_from(new.error),
+            sa.and_(answered, target.c.cache_key.is_distinct_from(new.cache_key)),
         )
-        return self._connection.execute(upsert.execution_options(preserve_rowcount=True)).rowcount
+        return values, sa.and_(self._not_newer(), differs)
 
     def judge_again(self) -> int:
         """Move rows whose answer the target has between `tagged` and `review`, as `review_below` says now.
@@ -347,7 +368,7 @@ class Loading:
                 f"`limits.max_deleted_fraction` {max_fraction:g} allows: none of them was deleted; raise the limit for "
                 "one run if they are meant to go"
             )
-        return deleted + self._take_out(gone), None
+        return deleted + (self._take_out(gone) if count else 0), None
 
     def _take_out(self, rows: sa.ColumnElement[bool]) -> int:
         """Delete these rows, or if they hold a review, mark them as `gone`; return how many there were."""
@@ -364,10 +385,16 @@ class Loading:
 
     def tag_counts(self) -> dict[str, int]:
         """Return the number of the target's rows by tag, most frequent first."""
-        each = {"postgresql": sa.func.jsonb_array_elements_text, "sqlite": sa.func.json_each}
-        tags = each[self._connection.dialect.name](self._target.c.tags).table_valued("value")
-        count = sa.func.count()
-        query = sa.select(tags.c.value, count).select_from(self._target.join(tags, sa.true()))
-        query = query.where(self._target.c.status != GONE).group_by(tags.c.value)
-        rows = self._connection.execute(query.order_by(count.desc(), tags.c.value))
+        target = self._target
+        alike = sa.select(target.c.tags, sa.func.count().label("rows")).where(target.c.status != GONE)
+        lists = alike.group_by(target.c.tags).subquery()  # few, where there are millions of rows
+        as_rows = {
+            "postgresql": sa.func.jsonb_array_elements_text(lists.c.tags),
+            "sqlite": sa.func.json_each(lists.c.tags),
+            "mysql": sa.func.json_table(lists.c.tags, sa.literal_column(TAGS_IN_MYSQL)),
+        }
+        tags = as_rows[self._connection.dialect.name].table_valued("value")
+        rows_of_tag = sa.func.sum(lists.c.rows)
+        query = sa.select(tags.c.value, rows_of_tag).select_from(lists.join(tags, sa.true())).group_by(tags.c.value)
+        rows = self._connection.execute(query.order_by(rows_of_tag.desc(), tags.c.value))
         return {str(tag): int(n) for tag, n in rows}

@@ -726,7 +726,7 @@ def test_what_a_killed_attempt_answered_is_taken_from_the_cache(project: Project
 def test_what_killed_attempts_answered_is_taken_from_the_cache_a_part_at_a_time(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tagger.load.RECORDS_A_READ", 2)
+    monkeypatch.setattr("tagger.answers.RECORDS_A_READ", 2)
     put_rows(project, {number: f"apple {number}" for number in range(5)} | {5: "apple, secretly", 6: "nothing"})
     teach(project.llm, secretly=REFUSAL)
     run = tagged(project, "one")

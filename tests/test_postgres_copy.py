@@ -17,9 +17,9 @@ from tagger.exceptions import InputError, TaggerError
 from tagger.postgres_copy import copied_out, copy_in, joined
 from tagger.runs import Run, read_parquet
 from tagger.snapshot import SourceTable
-from tagger.tables import connecting
+
 from tagger.window import Selection
-from tests.databases import make_project, put_rows
+from tests.databases import make_project
 from tests.project import Project
 
 ALL = Selection(rows="all", unfinished=False)
