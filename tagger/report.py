@@ -75,7 +75,8 @@ def report(run: Run) -> Summary:
     day = taken.selection.end if taken.selection.rows == "window" else taken.selection.start
     answered = cached + new["tagged"] + new["refused"]
     repeated = planned.rows - planned.texts if answered else 0
-    mean_cost = Cache(run.storage, planned.spec_id, dataset.llm.model).mean_cost() if cached or repeated else None
+    cache = Cache(run.storage, planned.spec_id, dataset.llm.model, dataset.tag_ids)
+    mean_cost = cache.mean_cost() if cached or repeated else None
     seconds["report"] = (utc_now() - clock).total_seconds()
     summary = Summary(
         dataset=dataset.dataset,
@@ -151,7 +152,11 @@ def _finished_at(run: Run, spends: list[Spend]) -> datetime:
     earlier = None
     with suppress(StorageError):  # it is damaged
         earlier = run.read("summary.json", Finished)
-    return earlier.finished_at if earlier and earlier.attempts == spends else utc_now()
+    if earlier is None:
+        return utc_now()
+    # a file that `tagger forget` wrote again has another etag, and tells of no other attempt
+    known, now = ([spend.model_copy(update={"etag": None}) for spend in each] for each in (earlier.attempts, spends))
+    return earlier.finished_at if known == now else utc_now()
 
 
 def _times(texts: int, mean_cost: float | None) -> float | None:
