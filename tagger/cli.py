@@ -238,8 +238,8 @@ def _report(options: argparse.Namespace, connections: Connections) -> None:
 
 
 def _show_latest(options: argparse.Namespace, connections: Connections) -> None:
-    """Show the latest run of each dataset, and where one is named its history too."""
-    from tagger.history import DAYS_SHOWN, as_table, history
+    """Show the latest run of each dataset, what is at work since, and where one is named its history too."""
+    from tagger.history import DAYS_SHOWN, as_table, history, unfinished
     from tagger.report import Summary, describe
     from tagger.runs import Run
 
@@ -249,6 +249,8 @@ def _show_latest(options: argparse.Namespace, connections: Connections) -> None:
         failed += map(StorageError, rollup.problems)
         finished = [run.run_id for run in rollup.runs if run.summary]
         latest = Run(storage, rollup.dataset, finished[-1]).read("summary.json", Summary) if finished else None
+        for line in unfinished(rollup):
+            print(f"{rollup.dataset}: {line}", file=sys.stderr)
         if latest is None:
             print(f"{rollup.dataset}: no {'finished run' if rollup.runs else 'run'} yet", file=sys.stderr)
         elif options.json:

@@ -5,11 +5,13 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from tagger.price import usd
 from tagger.rollup import RolledRun, RolledSummary, Rollup, Spent
 from tagger.runs import is_trial
+from tagger.spend import total_usd
 
 By = Literal["day", "month"]
 
@@ -88,6 +90,17 @@ def history(rollup: Rollup, by: By, start: datetime = _FIRST, end: datetime = _L
             period = f"{at.astimezone(zone):{_FORMAT[by]}}"
             found[period] = found.get(period, Figures()) + _figures(what)
     return [Period(rollup.dataset, period, figures) for period, figures in sorted(found.items())]
+
+
+def unfinished(rollup: Rollup) -> Iterator[str]:
+    """Yield a line for each run that asked something after the latest one was summed up, and is not summed up."""
+    for run in takewhile(lambda run: run.summary is None, reversed(rollup.runs)):
+        if run.problem is None and not is_trial(run.run_id):
+            yield (
+                f"run {run.run_id} is at work, or was killed before its report: "
+                f"{sum(spent.requests for spent in run.spent):,} requests and "
+                f"{usd(total_usd(spent.cost_usd for spent in run.spent))} until {run.ended_at:%Y-%m-%d %H:%M} UTC"
+            )
 
 
 def _figures(what: Spent | RolledSummary | RolledRun) -> Figures:

@@ -39,6 +39,8 @@ LONGEST_WAIT = 120.0
 ASKS = 3
 """How often a text is asked until its answer has the right form."""
 
+RATE_HINT = "set `llm.requests_per_minute` and `llm.tokens_per_minute` to what the account allows"
+
 SCHEMA_HINT = (
     "set `llm.params: {response_format: {type: json_object}}` in the dataset file if the server knows no json_schema"
 )
@@ -208,10 +210,14 @@ class Client:
                     self._throttle.answered(0)
                 raise result
             if result.wait is not None and result.wait > LONGEST_WAIT:
-                raise self._refused(f"{self._endpoint()} is over its rate and asks for a pause of {result.wait:.0f} s")
+                raise self._refused(
+                    f"{self._endpoint()} is over its rate and asks for a pause of {result.wait:.0f} s: {RATE_HINT}"
+                )
             if not self._throttle.slow_down(started, result.wait):
                 minutes = GIVE_UP_SECONDS / 60
-                raise self._refused(f"{self._endpoint()} has answered HTTP 429 to every call for {minutes:.0f} minutes")
+                raise self._refused(
+                    f"{self._endpoint()} has answered HTTP 429 to every call for {minutes:.0f} minutes: {RATE_HINT}"
+                )
 
     def _request(self, question: _Question) -> ChatCompletion | Exception:
         """Make one HTTP request; return the error that it ends with.
@@ -263,7 +269,10 @@ class Client:
                 f"(HTTP 404{paren(code)})"
             )
         if status == 429 and ("insufficient_quota" in words or "billing" in words):
-            return self._refused(f"{self._endpoint()}: the account's quota is exhausted (HTTP 429{paren(code)})")
+            return self._refused(
+                f"{self._endpoint()}: the account's quota is exhausted (HTTP 429{paren(code)}): "
+                "top it up; the next run asks the rest"
+            )
         if status == 429:
             return _SlowDown(_retry_after(error))
         if status in (408, 409) or status >= 500:

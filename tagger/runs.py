@@ -346,7 +346,9 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise StorageError(f"temporary files in {tempfile.gettempdir()}: {e.strerror or type(e).__name__}") from None
+        where = f" in {tempfile.tempdir}" if tempfile.tempdir else ""  # it is known only once one could be written
+        reason = e.strerror or type(e).__name__
+        raise StorageError(f"temporary files{where}: {reason}; $TMPDIR names another folder") from None
 
 
 def open_run(dataset: Dataset, run_id: str, connections: Connections) -> Run:

@@ -1,5 +1,6 @@
 """When the next call to the LLM may start: calls in flight, answers not yet written, rates, 429s, and the budget."""
 
+import logging
 import random
 import threading
 import time
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from redis import Redis
+
+logger = logging.getLogger(__name__)
 
 RECOVERY_ROUNDS = 32
 """Of calls that all succeed, until the limit is back from 1 at `concurrency`."""
@@ -22,6 +25,9 @@ GIVE_UP_SECONDS = 600.0
 BURST_SECONDS = 1.0
 """How much of a rate may be used at once. The rates are lowered so much that no 60 s hold more than their limit, but
 for the tokens of one call."""
+
+LOG_SECONDS = 60.0
+"""Between two lines about 429s."""
 
 POLL_SECONDS = 0.2
 """How often the first in line looks whether it is stopped."""
@@ -141,6 +147,7 @@ class Throttle:
         self._in_flight = self._unwritten = 0
         self._paused_until = self._slowed_at = 0.0
         self._refusing_since: float | None = None
+        self._logged_at: float | None = None
         self._pause = SHORTEST_PAUSE
         self.stopped = threading.Event()
 
@@ -224,4 +231,15 @@ class Throttle:
                 if wait is None or self._pause > SHORTEST_PAUSE:  # at first what it asks for is enough
                     self._paused_until = max(self._paused_until, now + self._pause * random.uniform(1.0, 1.25))
                 self._pause = min(self._pause * 2, LONGEST_PAUSE)
+                self._log(now)
             return now - self._refusing_since < GIVE_UP_SECONDS
+
+    def _log(self, now: float) -> None:
+        if self._logged_at is None or now - self._logged_at >= LOG_SECONDS:
+            self._logged_at = now
+            pause = max(self._paused_until - now, 0.0)
+            logger.warning(
+                "the endpoint answers HTTP 429: no call for %.0f s, then at most %d at once until it has recovered",
+                pause,
+                int(self._limit),
+            )

@@ -278,7 +278,12 @@ def test_report_of_one_dataset_goes_on_with_its_history(shell: Shell) -> None:
         put_attempt(shell.project.open(f"killed-{number}"), 1.0, at, state="running")
 
     assert shell.run("report", "notes") == 0
-    assert shell.err == "notes: no finished run yet\n"
+    *unfinished, last = shell.err.splitlines()
+    assert unfinished[0] == (
+        f"notes: run killed-{DAYS_SHOWN + 2} is at work, or was killed before its report: "
+        "2 requests and $1.00 until 2025-11-05 12:00 UTC"
+    )
+    assert (len(unfinished), last) == (DAYS_SHOWN + 3, "notes: no finished run yet")
     shell.run("run", "notes", "--run-id", "first")
     assert shell.run("report", "notes") == 0
 

@@ -968,3 +968,16 @@ def test_processes_that_share_a_rate_through_redis_start_about_10_a_second(redis
     started = sorted(at for part in each for at in part)
     assert all(each)
     assert 0.5 * 40 <= len(started) <= most_in(started[-1] - started[0] + 0.2, 600)
+
+
+def test_429s_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    throttle = Throttle(8)
+    for _ in range(3):
+        throttle.slow_down(time.monotonic(), 3.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the endpoint answers HTTP 429: no call for 3 s, then at most 4 at once until it has recovered"
+    ]
+
+    monkeypatch.setattr("tagger.throttle.LOG_SECONDS", 0.0)
+    throttle.slow_down(time.monotonic(), 3.0)
+    assert len(caplog.records) == 2
