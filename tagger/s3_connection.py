@@ -224,6 +224,4 @@ def _send_with_writes(client: "S3Client", extra_args: S3ExtraArgs) -> None:
     """Let the client send these arguments with each object that it writes, in whichever way it does."""
     sent = extra_args.model_dump(exclude_none=True)
     for operation in ("PutObject", "CreateMultipartUpload", "CopyObject"):
-        client.meta.events.register(
-            f"provide-client-params.s3.{operation}", lambda params, **_: params | sent
-        )
+        client.meta.events.register(f"provide-client-params.s3.{operation}", lambda params, **_: params | sent)
