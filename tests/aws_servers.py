@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,8 +185,9 @@ class Iam:
 def iam_enforced(store: S3Store) -> Iterator[Iam]:
     """Let moto enforce the rights of IAM, as S3 does and moto does not where it has a shorter way.
 
-    S3 has no right `HeadBucket`, which is `ListBucket`'s, and says 403 of an object that is not there to who may not
-    list the bucket. moto reads no conditions: `Iam.listed` has the prefixes that a condition must let through.
+    S3 has no right `HeadBucket`, which is `ListBucket`'s, says 403 of an object that is not there to who may not list
+    the bucket, and looks at each key of a deletion in bulk. moto reads no conditions: `Iam.listed` has the prefixes
+    that a condition must let through.
     """
     from moto.core.authorization import enable_iam_authentication
     from moto.s3.responses import ACTION_MAP, S3Response
@@ -194,8 +196,10 @@ def iam_enforced(store: S3Store) -> Iterator[Iam]:
     authorize: Callable[..., None] = S3Response._authenticate_and_authorize_s3_action
 
     def as_s3_does(self: Any, bucket_name: str | None = None, key_name: str | None = None) -> None:
-        authorize(self, bucket_name=bucket_name, key_name=key_name)
         action = self.data.get("Action")
+        in_bulk = action == "DeleteObject" and key_name is None
+        for key in re.findall("<Key>(.*?)</Key>", self.raw_body.decode()) if in_bulk else [key_name]:
+            authorize(self, bucket_name=bucket_name, key_name=key)
         if action == "ListBucket" and "prefix" in self.querystring:
             iam.listed.add(self.querystring["prefix"][0])
         if key_name and action == "GetObject" and self.backend.get_object(bucket_name, key_name) is None:

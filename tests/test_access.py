@@ -26,8 +26,10 @@ from tagger.airflow.run_page import RunPages
 from tagger.airflow.tagged_dags import AirflowRun, TaggedDag, Where
 from tagger.batch import wait_for_shards
 from tagger.check import check
+from tagger.clean import clean, find_overdue
 from tagger.connections import Connection, Connections, connections_from_env, database
 from tagger.exceptions import InputError, LLMStopped, TaggerError, Unreachable
+from tagger.forget import Erasure
 from tagger.load import load_back
 from tagger.plan import plan
 from tagger.redis_connection import RedisExtra
@@ -39,7 +41,7 @@ from tagger.tag import tag
 from tests.aws_servers import ROLE, Iam, InstanceMetadata, SecurityTokens, iam_enforced
 from tests.databases import make_project, teach
 from tests.project import Project
-from tests.servers import S3Store
+from tests.servers import S3Store, written_at
 
 PAGE = Path(__file__).parents[1] / "docs" / "access.md"
 
@@ -442,17 +444,18 @@ def test_encryption_that_is_not_understood_is_one_line(
 Policy = dict[str, Any]
 
 RUNS, TAG, BATCHES = "The runs", "The tag step on spot machines", "The tag step with batches, besides"
-PAGES = "The pages"
+PAGES, UPKEEP = "The pages", "Upkeep, besides"
 
 
 def documented() -> dict[str, Policy]:
     """Return the policies of docs/access.md by the title above each."""
     titles = re.split(r"^#+ (.+)$", PAGE.read_text(), flags=re.M)[1:]
-    found = {}
-    for title, text in zip(titles[::2], titles[1::2], strict=True):
-        for block in re.findall(r"```json\n(.*?)```", text, re.S):
-            found[title] = json.loads(block)
-    return found
+    parts = zip(titles[::2], titles[1::2], strict=True)
+    return {title: blocks(text)[0] for title, text in parts if blocks(text)}
+
+
+def blocks(text: str) -> list[Any]:
+    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.S)]
 
 
 def rights(title: str) -> list[tuple[str, str]]:
@@ -523,7 +526,7 @@ def assert_listed_within(iam: Iam, *titles: str) -> None:
 
 
 def test_the_policies_are_well_formed() -> None:
-    assert set(documented()) == {RUNS, TAG, BATCHES, PAGES, "Upkeep", "KMS"}
+    assert set(documented()) == {RUNS, TAG, BATCHES, PAGES, UPKEEP, "KMS"}
     for title, policy in documented().items():
         assert policy["Version"] == "2012-10-17", title
         for statement in policy["Statement"]:
@@ -531,6 +534,14 @@ def test_the_policies_are_well_formed() -> None:
             lists = statement["Action"] == "s3:ListBucket"
             assert lists == ("Condition" in statement)
             assert not lists or statement["Resource"] == "arn:aws:s3:::my-bucket"
+
+
+def test_the_lifecycle_rule_is_well_formed(s3_bucket: S3Store) -> None:
+    [rule] = [block for block in blocks(PAGE.read_text()) if "Rules" in block]
+
+    client = s3_bucket.client()
+    client.put_bucket_lifecycle_configuration(Bucket=s3_bucket.bucket, LifecycleConfiguration=rule)
+    assert client.get_bucket_lifecycle_configuration(Bucket=s3_bucket.bucket)["Rules"] == rule["Rules"]
 
 
 def test_without_rights_nothing_is_reached(shared: Project) -> None:
@@ -697,6 +708,28 @@ def test_the_pages_read_no_texts_and_write_nothing(shared: Project, iam: Iam) ->
         storage.put("history/notes.json.gz", b"x")
     with pytest.raises(InputError, match="no right to s3:DeleteObject"):
         storage.delete("history/notes.json.gz")
+
+
+@pytest.mark.parametrize("titles", [(RUNS, UPKEEP), (RUNS,)], ids=["both", "runs alone"])
+def test_upkeep_works_with_the_documented_rights(shared: Project, iam: Iam, titles: tuple[str, ...]) -> None:
+    shared.change(retention={"snapshots": "14d", "runs": "400d"})
+    reported(shared, iam)
+    as_user(shared, iam, *titles)
+    shared.execute("DELETE FROM notes WHERE id = 2")
+    iam.listed.clear()
+
+    storage = shared.open("planned").storage
+    written_at(shared.store, "tagger/", datetime.now(UTC) - timedelta(days=500))
+    erasure = Erasure(shared.dataset, ["2"], shared.connections)
+    found = erasure.find()
+    told = "\n".join(erasure.describe(found))
+    erasure.remove(found)
+    deleted, problems = clean(find_overdue(storage, shared.dataset))
+
+    assert deleted.runs == 1 and not problems
+    assert set(shared.target()) == {1}
+    assert ("s3:GetBucketVersioning is needed" in told) is (UPKEEP not in titles)
+    assert_listed_within(iam, RUNS)
 
 
 def test_a_role_of_iam_is_assumed_by_who_knows_its_external_id(project: Project, iam: Iam) -> None:
