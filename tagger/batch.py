@@ -28,6 +28,7 @@ from tagger.ledger import BatchBooks, Ledger, read_attempts
 from tagger.price import price_of, usd
 from tagger.prompt import Prompt
 from tagger.runs import Run, disk_errors, opened_parquet, shard_path, utc_now
+from tagger.shards import SCHEMA as SHARD_SCHEMA
 from tagger.spec import spec_id
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class ShardBatches:
                 self._find_or_create(batch)
         pending, known = self._pending(), self._handed_over()
         known |= pending
-        cache = Cache(self._run.storage, self._plan.spec_id, self._dataset.llm.model)
+        cache = Cache(self._run.storage, self._plan.spec_id, self._dataset.llm.model, self._dataset.tag_ids)
         known |= cache.find({text.key for text in self._texts()} - known, listing=False)
         with closing(self._requests(lambda key: key not in known)) as files:
             for requests in files:
@@ -187,7 +188,8 @@ class ShardBatches:
         logger.info("%d texts are handed to the Batch API as %s: half the price, within 24 h", batch.requests, remote)
 
     def _texts(self) -> Iterator[Text]:
-        with opened_parquet(self._run.storage, shard_path(self._run, self._plan.plan_id, self._number)) as file:
+        path = shard_path(self._run, self._plan.plan_id, self._number)
+        with opened_parquet(self._run.storage, path, SHARD_SCHEMA) as file:
             for part in file.iter_batches(batch_size=500):
                 for columns in zip(*(part.column(name).to_pylist() for name in Text._fields), strict=True):
                     yield Text(*columns)
@@ -300,7 +302,7 @@ def _state(batch: Batch, api: BatchAPI) -> State:
 
 def _book(batch: Batch, batches: Batches, dataset: Dataset, state: State, files: list[Path]) -> None:
     run = Run(batches.storage, batch.dataset, batch.run_id)
-    cache = Cache(run.storage, batches.spec, dataset.llm.model)
+    cache = Cache(run.storage, batches.spec, dataset.llm.model, dataset.tag_ids)
     with Ledger(run, batch.plan_id, batch.shard, batch.price, batch.ledger) as ledger:
         answers = Answers(dataset, batches.texts(batch), cache, ledger)
         for file in files:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from openai.types.chat import ChatCompletion
 
@@ -33,7 +33,7 @@ class Line(NamedTuple):
     """One line of an output file: a chat completion, or the status and code of an error."""
 
     key: str
-    completion: dict[str, Any] | None
+    completion: ChatCompletion | None
     status: int | None
     code: str
     words: str
@@ -95,7 +95,7 @@ class Answers:
 
     def _end(self, line: Line) -> Fate:
         if line.completion is not None:
-            return self._answered(line.key, ChatCompletion.construct(**line.completion))
+            return self._answered(line.key, line.completion)
         row_id = self._texts[line.key].row_id
         if line.code in _NOT_ASKED:
             fate, kind, message = _NOT_ASKED[line.code]
@@ -168,7 +168,8 @@ def _parsed(raw: bytes) -> Line | None:
         if not isinstance(key, str) or not (response or error):
             return None
         if status == 200:
-            return Line(key, {k: v for k, v in body.items() if k != "_fields_set"}, status, "", "")
+            completion = ChatCompletion.construct(**{k: v for k, v in body.items() if k != "_fields_set"})
+            return Line(key, completion, status, "", "")
         error = body.get("error") or error
         code = str(error.get("code") or "")
         words = f"{code} {error.get('message', '')}".lower()

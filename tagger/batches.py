@@ -122,7 +122,7 @@ class Batches:
         """Return a batch's texts by key; none where it is done by now."""
         texts: dict[str, HandedOver] = {}
         try:
-            for part in read_parquet(self.storage, self._texts_path(batch)):
+            for part in read_parquet(self.storage, self._texts_path(batch), TEXTS_SCHEMA):
                 for key, *text in zip(*(column.to_pylist() for column in part.columns), strict=True):
                     texts[key] = HandedOver(*text)
         except StorageError:

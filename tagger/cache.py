@@ -8,14 +8,15 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from tagger.dataset import is_name
 from tagger.exceptions import InputError, StorageError, Unreachable
 from tagger.storage import Storage
 
@@ -44,10 +45,27 @@ class Usage(BaseModel):
     """Tokens of one or more calls. `cached_input` is the part of `input` that the endpoint had cached."""
 
     model_config = ConfigDict(frozen=True)
+def _checked_name(value: str) -> str:
+    if not is_name(value):
+        raise ValueError("a printable name")
+    return value
 
-    input: int = 0
-    cached_input: int = 0
-    output: int = 0
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("a time between the years 1 and 9999") from None
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+
+
+
+    input: int = Field(default=0, ge=0, lt=2**63)
+    cached_input: int = Field(default=0, ge=0, lt=2**63)
+    output: int = Field(default=0, ge=0, lt=2**63)
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -81,22 +99,22 @@ class Chars(BaseModel):
 class Record(BaseModel):
     """One text's answer. `usage` and `cost_usd` cover all calls that led to it; a cost of None is unknown."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     version: int = RECORD_VERSION
     status: Literal["tagged", "refused"]
-    reason: str | None = None
+    reason: Name | None = None
     tags: list[str]
-    confidence: list[float] | None = None
+    confidence: list[Annotated[float, Field(ge=0, le=1)]] | None = None
     """How sure the LLM says it is of each tag, from 0 to 1; None where it was not asked (`confidence` of the spec)."""
-    model: str
+    model: Name
     usage: Usage
-    cost_usd: float | None
-    finish_reason: str
+    cost_usd: float | None = Field(ge=0)
+    finish_reason: Name
     asked: Literal["online", "batch", "together"] = "online"
     chars: Chars | None = None
     """Length of the text; None in records of before it was kept."""
-    created_at: datetime
+    created_at: Time
 
     def to_bytes(self) -> bytes:
         """Return the object's body."""
@@ -116,11 +134,12 @@ class DamagedRecord(Exception):
     """An object in the cache is no record."""
 
 
-def parse_record(body: bytes, model: str) -> Record:
-    """Return the record in an object's body, for a spec that names `model`.
+def parse_record(body: bytes, model: str, tags: Collection[str] | None = None) -> Record:
+    """Return the record in an object's body, for a spec that names `model` and, where they are known, these tags.
 
     Raises:
-        DamagedRecord: it is truncated or something else, or was answered by the offline stand-in for a real model.
+        DamagedRecord: it is truncated or something else, was answered by the offline stand-in for a real model, or
+            holds a tag twice, or one that its spec has not.
         InputError: it was written by a newer version of tagger.
     """
     try:
@@ -128,7 +147,9 @@ def parse_record(body: bytes, model: str) -> Record:
         version = fields["version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedRecord from None
-    if isinstance(version, int) and version > RECORD_VERSION:
+    if not isinstance(version, int):
+        raise DamagedRecord
+    if version > RECORD_VERSION:
         raise InputError(
             f"the cache holds records of version {version}, this tagger reads up to {RECORD_VERSION}: upgrade it"
         )
@@ -142,6 +163,8 @@ def parse_record(body: bytes, model: str) -> Record:
 
 
 def patiently(request: Callable[[], T]) -> T:
+    if len(set(record.tags)) < len(record.tags) or (tags is not None and not set(record.tags) <= set(tags)):
+        raise DamagedRecord
     """Make a request of S3 again while it fails, for `PATIENCE_SECONDS`: an answer that waits is paid for."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -159,7 +182,8 @@ class Cache:
     `complete` answers from memory; the others ask S3.
     """
 
-    def __init__(self, storage: Storage, spec: str, model: str) -> None:
+    def __init__(self, storage: Storage, spec: str, model: str, tags: Collection[str] | None = None) -> None:
+        """Describe them; `model` and `tags` are the spec's, and no record may say otherwise."""
         self.spec = spec
         self._storage = storage
         self._model = model
@@ -167,6 +191,8 @@ class Cache:
         self._complete: set[str] = set()
 
     def path(self, key: str) -> str:
+        self.tags = None if tags is None else frozenset(tags)
+        """Ids of the spec's tags; None where they are not known."""
         """Return the path of a key's object below the storage."""
         return f"{self._prefix}{key[:2]}/tag_{key}.json"
 
@@ -190,7 +216,7 @@ class Cache:
         """
         missing = set(keys)
         with ThreadPoolExecutor(_THREADS) as threads:
-            if listing and self._is_listing_cheaper(len(missing)):
+            if listing and self._is_listing_cheaper(len(keys)):
                 gc.disable()  # the parsers' objects set it off, and it goes through all others: 3/4 of the time
                 try:
                     list(threads.map(lambda part: missing.difference_update(self._listed(part)), _PARTS))
@@ -235,7 +261,7 @@ class Cache:
         if body is None:
             return None
         try:
-            record = parse_record(body, self._model)
+            record = parse_record(body, self._model, self.tags)
         except DamagedRecord:
             logger.warning("damaged cache record deleted: %s", self.path(key))
             self.remove(key)

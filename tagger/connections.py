@@ -92,6 +92,8 @@ def _from_uri(conn_id: str, value: str) -> Connection:
     scheme, rest = value.split("://", 1)
     # conn_type://https://host/… keeps the inner scheme in the host, as Airflow does for HTTP endpoints
     inner = rest.split("://", 1)[0] if "://" in rest.split("?", 1)[0] else None
+    if inner is not None and not inner.isalnum():  # behind a password, which would be read as a part of the host
+        raise ValueError
     parts = urlsplit(rest if inner else f"//{rest}")
     host = unquote(parts.netloc.rsplit("@", 1)[-1])
     if parts.port is not None:
@@ -118,6 +120,8 @@ def _check(connection: Connection) -> None:
         if part is not None and b"\0" in part.encode():
             raise ValueError
     if connection.port is not None and not 0 < connection.port < 65536:
+        raise ValueError
+    if not connection.conn_type.isidentifier():
         raise ValueError
 
 

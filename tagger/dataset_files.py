@@ -3,6 +3,7 @@
 import os
 import re
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def find_dataset(name_or_path: str, folder: Path | None = None) -> Path:
 
 def _name_in(path: Path) -> str | None:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        content = read_yaml(path)
+    except DatasetError:
         return None
     name = content.get("dataset") if isinstance(content, dict) else None
     return name if isinstance(name, str) else None
@@ -152,8 +153,20 @@ def _taken_by_others(path: Path, dataset: Dataset, datasets: dict[Path, Dataset]
     return mistakes
 
 
+MAX_CHARS = 1_000_000
+"""Of a dataset file, also with its aliases written out: a thousand tags have some 200,000."""
+
+TOO_LARGE = Mistake("file", f"more than {MAX_CHARS:,} characters", "a smaller one; many examples go into a CSV")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without silently overwritten keys, whose every error tells the line."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_CHARS:
+            raise yaml.constructor.ConstructorError(None, None, "aliases that make the file too large", node.start_mark)
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -174,14 +187,34 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return about how many characters a node has where each alias is what it stands for.
+
+    An alias of what it stands in counts nothing: that is a mistake in whatever key it is.
+    """
+    if id(node) not in known:
+        known[id(node)] = 0
+        if isinstance(node, yaml.ScalarNode):
+            size = len(node.value)
+        else:
+            parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            size = sum(_written_out(part, known) for part in parts)
+        known[id(node)] = size + 1
+    return known[id(node)]
+
+
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        DatasetError: it cannot be read, or is not YAML.
+        DatasetError: it cannot be read, is not YAML, or too large.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARS + 1)
+        if len(text) > MAX_CHARS:
+            raise DatasetError(str(path), [TOO_LARGE])
+        return yaml.load(text, _Loader)
     except OSError as e:
         raise DatasetError(str(path), [Mistake("file", e.strerror or type(e).__name__, "a readable file")]) from None
     except UnicodeDecodeError as e:
@@ -207,12 +240,12 @@ def parse_dataset(content: Any, file: str) -> Dataset:
     except ValidationError as e:
         errors = e.errors(include_url=False)
     schedule = content.get("schedule")
-    other_branch = "str" if isinstance(schedule, dict) else "AssetSchedule"
+    other_branch = "constrained-str" if isinstance(schedule, dict) else "AssetSchedule"
     told = [error for error in errors if error["loc"][:2] != ("schedule", other_branch)]
     raise DatasetError(file, [_mistake(error) for error in told])
 
 
-_UNION_BRANCHES = ("str", "AssetSchedule")
+_UNION_BRANCHES = ("constrained-str", "AssetSchedule")
 _TYPE_NAMES = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "keys"}
 
 
@@ -222,6 +255,8 @@ def _mistake(error: Any) -> Mistake:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
         return Mistake(key, "nothing", "a value (the key is required)")
+    if kind == "string_unicode":
+        return Mistake(key, "text", "text without halves of surrogate pairs")
     if location[:1] == ["examples"]:
         return _mistake_in_examples(key, location, error)
     if kind == "extra_forbidden":

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 BUDGET_REACHED = "budget reached"
 """How the reason of a shard starts that stopped at `limits.max_cost_usd`."""
 
+LONGEST_SHOWN = 1000
+"""Characters of what stands in a dataset file."""
+
 
 class TaggerError(Exception):
     """Base of all errors of tagger; `exit_code` is the console script's."""
@@ -52,8 +55,14 @@ class DatasetError(InputError):
     def __init__(self, file: str, mistakes: list[Mistake]) -> None:
         self.file = file
         self.mistakes = mistakes
-        lines = (f"{file}: `{m.key}`: found {m.found}, expected {m.expected}" for m in mistakes)
+        lines = (f"{file}: `{printable(m.key)}`: found {printable(m.found)}, expected {m.expected}" for m in mistakes)
         super().__init__("\n".join(lines))
+
+
+def printable(text: str) -> str:
+    """Return a text as part of one line: without line breaks and control characters, and not too long."""
+    plain = "".join(char if char.isprintable() else "\ufffd" for char in text[:LONGEST_SHOWN])
+    return plain if len(text) <= LONGEST_SHOWN else f"{plain}…"
 
 
 class StorageError(TaggerError):

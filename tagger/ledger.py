@@ -24,7 +24,7 @@ from tagger.cache import Record, Usage
 from tagger.dataset import Price
 from tagger.exceptions import StorageError, TaggerError, Terminated
 from tagger.price import cost_usd
-from tagger.runs import Run, utc_now
+from tagger.runs import Run, has_columns, utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -289,10 +289,11 @@ def _read(run: Run, path: str) -> Attempt:
     body = run.storage.get(path) or b""
     try:
         file = pq.ParquetFile(pa.BufferReader(body))
-        if file.schema_arrow.names not in (SCHEMA.names, SCHEMA.names[:-1]):
+        if not has_columns(file.schema_arrow, pa.schema(list(SCHEMA)[:-1])) or len(file.schema_arrow) > len(SCHEMA):
             raise ValueError("other columns")
-        for _ in file.iter_batches(batch_size=5000):  # so that damage shows here
-            pass
+        for part in file.iter_batches(batch_size=5000):  # so that damage shows here
+            if not pc.all(pc.is_in(part.column("status"), _WORTH)).as_py():
+                raise ValueError("another status")
         about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[b"tagger"])
         shard, attempt = path.removesuffix(".parquet").rsplit("-", 2)[1:]
         return Attempt(
@@ -301,13 +302,20 @@ def _read(run: Run, path: str) -> Attempt:
             plan_id=about["plan_id"],
             state=about["state"],
             reason=about["reason"],
-            started_at=datetime.fromisoformat(about["started_at"]),
-            ended_at=datetime.fromisoformat(about["ended_at"]),
+            started_at=_instant(about["started_at"]),
+            ended_at=_instant(about["ended_at"]),
             asked=about.get("asked", "online"),
             file=file,
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, OverflowError):
         raise StorageError(f"{run.storage.url}/{path}: damaged; delete it to go on without its counts") from None
+
+
+def _instant(written: str) -> datetime:
+    instant = datetime.fromisoformat(written)
+    if instant.tzinfo is None:
+        raise ValueError("no zone")
+    return instant.astimezone(UTC)
 
 
 def instants(column: pa.Array) -> list[datetime | None]:

@@ -4,11 +4,13 @@ It owns the retries of a call: the SDK's are off, and luigi and gokart do not re
 so that the next run asks again; an answer that would come back the same is recorded as refused.
 """
 
+import math
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from openai.types.chat import ChatCompletion
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from tagger.cache import STAND_IN_MODEL, Usage
-from tagger.dataset import Dataset
+from tagger.dataset import Dataset, is_name
 from tagger.exceptions import LLMStopped, LLMUnreachable, TextFailed
 from tagger.prompt import BadAnswer, Choice, Prompt, read_answer, read_answers
 from tagger.request import request_options
@@ -35,6 +37,9 @@ TRIES_AFTER_TIMEOUT = 3
 
 LONGEST_WAIT = 120.0
 """Seconds. A server that wants a longer pause than this gets the text again in the next run; with a 429, all texts."""
+
+MOST_TOKENS = 10**9
+"""Of one call: no model reads or writes so many."""
 
 ASKS = 3
 """How often a text is asked until its answer has the right form."""
@@ -236,7 +241,7 @@ class Client:
             return _Again(TextFailed("timeout", "no answer in time"))
         except openai.APIConnectionError as e:
             return _Again(TextFailed("connection", f"the connection failed ({type(e.__cause__ or e).__name__})"))
-        except (openai.APIResponseValidationError, ValueError):  # no JSON, or a text that cannot be encoded
+        except (openai.APIResponseValidationError, ValueError, RecursionError):  # no JSON; a text that has no UTF-8
             return TextFailed("bad_response", "the server's answer is no chat completion")
         if isinstance(completion, ChatCompletion):
             return completion
@@ -332,14 +337,12 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
     value = error.response.headers.get("retry-after")
     if value is None:
         return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError):
+        seconds = float(value)
+        return None if math.isnan(seconds) else max(seconds, 0.0)
+    with suppress(ValueError, TypeError, OverflowError):
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return None
+    return None
 
 
 def refusal_of(status: int, words: str) -> str | None:
@@ -375,7 +378,7 @@ def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
         finish: str = choice.finish_reason or "unknown"
         refusal, content = choice.message.refusal, choice.message.content
         model: str = completion.model or dataset.llm.model
-        if not isinstance(finish, str) or not isinstance(model, str):
+        if not is_name(model) or not _is_plain(finish):
             raise TypeError
     except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses
         raise BadAnswer("no message") from None
@@ -388,20 +391,23 @@ def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
 
 
 def usage_of(completion: ChatCompletion) -> Usage:
-    """Return what a completion used; nothing where the server does not tell."""
+    """Return what a completion used; nothing where the server does not tell, or tells what cannot be."""
     try:
         usage = completion.usage
         if usage is None:
             return Usage()
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-        return Usage(input=usage.prompt_tokens or 0, cached_input=cached or 0, output=usage.completion_tokens or 0)
+        told = Usage(input=usage.prompt_tokens or 0, cached_input=cached or 0, output=usage.completion_tokens or 0)
     except (AttributeError, ValueError):  # the SDK does not check the shape of what it parses
         return Usage()
+    if max(told.input, told.output) > MOST_TOKENS:
+        return Usage()
+    return told.model_copy(update={"cached_input": min(told.cached_input, told.input)})
 
 
-def _is_plain(word: str) -> bool:
+def _is_plain(word: object) -> bool:
     """Whether a word of the server's is a name and nothing else: it may quote the text."""
-    return re.fullmatch(r"[A-Za-z0-9_.]{1,40}", word) is not None
+    return isinstance(word, str) and re.fullmatch(r"[A-Za-z0-9_.]{1,40}", word) is not None
 
 
 def paren(code: str) -> str:

@@ -207,8 +207,13 @@ class Run:
 
     def dataset(self) -> Dataset:
         """Return the dataset as the run's snapshot step froze it."""
-        body = self._body(f"{self.files}dataset.json", "tagger snapshot")
-        return parse_dataset(json.loads(body), f"{self.files}dataset.json")
+        path = f"{self.files}dataset.json"
+        body = self._body(path, "tagger snapshot")
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            raise StorageError(f"{self.storage.url}/{path}: damaged: run its step again") from None
+        return parse_dataset(content, path)
 
     def write(self, name: str, content: File) -> None:
         """Write one of the run's JSON files."""
@@ -276,6 +281,20 @@ def rows_path(run: Run, plan_id: str) -> str:
     return f"{run.files}rows-{plan_id}.parquet"
 
 
+def taken_schema(ids: IdType) -> pa.Schema:
+    """Return the columns of a snapshot's rows."""
+    return pa.schema([_id_field(ids), ("text", pa.string())])
+
+
+def keyed_schema(ids: IdType) -> pa.Schema:
+    """Return the columns of a plan's rows."""
+    return pa.schema([_id_field(ids), ("key", pa.string()), ("too_long", pa.bool_())])
+
+
+def _id_field(ids: IdType) -> pa.Field:
+    return pa.field("id", pa.int64() if ids == "integer" else pa.string())
+
+
 def new_keys_path(run: Run, plan_id: str) -> str:
     """Return the path of the keys of a plan's new texts."""
     return f"{run.files}new-{plan_id}.parquet"
@@ -316,8 +335,8 @@ def writing_parquet(storage: Storage, path: str, schema: pa.Schema) -> Iterator[
 
 
 @contextmanager
-def opened_parquet(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
-    """Download a Parquet object and yield it opened, to be read in parts.
+def opened_parquet(storage: Storage, path: str, schema: pa.Schema | None = None) -> Iterator[pq.ParquetFile]:
+    """Download a Parquet object and yield it opened, to be read in parts; `schema` are columns that it must have.
 
     Raises:
         StorageError: the object is missing or damaged, which may also show in the block.
@@ -327,16 +346,26 @@ def opened_parquet(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
             file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagger-")), "file")
             storage.download(path, file)
         try:
-            yield stack.enter_context(pq.ParquetFile(file))
+            parquet = stack.enter_context(pq.ParquetFile(file))
+            if schema is not None and not has_columns(parquet.schema_arrow, schema):
+                raise pa.ArrowInvalid("other columns")
+            yield parquet
         except (pa.ArrowException, OSError) as e:
             if isinstance(e, OSError) and (type(e) is not OSError or e.errno is not None):
                 raise  # Arrow's have no number: this is the block's own
             raise StorageError(f"{storage.url}/{path}: damaged: run its step again") from None
 
 
-def read_parquet(storage: Storage, path: str, batch_size: int = 5000) -> Iterator[pa.RecordBatch]:
-    """Yield a Parquet object's rows in batches, in bounded memory."""
-    with opened_parquet(storage, path) as parquet:
+def has_columns(found: pa.Schema, wanted: pa.Schema) -> bool:
+    """Return whether a file has the wanted columns, each of its type."""
+    return all(field.name in found.names and found.field(field.name).type == field.type for field in wanted)
+
+
+def read_parquet(
+    storage: Storage, path: str, schema: pa.Schema | None = None, batch_size: int = 5000
+) -> Iterator[pa.RecordBatch]:
+    """Yield a Parquet object's rows in batches, in bounded memory; `schema` are columns that it must have."""
+    with opened_parquet(storage, path, schema) as parquet:
         yield from parquet.iter_batches(batch_size=batch_size)
 
 

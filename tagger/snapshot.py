@@ -23,7 +23,7 @@ from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.mysql import abandoned_on_error
 from tagger.replica import missed_rows
-from tagger.runs import IdType, Run, Snapshot, utc_now, writing_parquet
+from tagger.runs import IdType, Run, Snapshot, taken_schema, utc_now, writing_parquet
 from tagger.spec import spec_id
 from tagger.tables import UtcDateTime, column, connecting, id_type, reflect
 from tagger.window import Options, Selection
@@ -68,7 +68,7 @@ def snapshot(
             logger.warning("snapshot: source %s: %s", dataset.source.table, missed)
         unfinished, older = _target_ids(dataset, source.id_type, selection, options, connections)
         run.freeze(dataset)
-        with writing_parquet(run.storage, rows_file, _schema(source.id_type)) as parquet:
+        with writing_parquet(run.storage, rows_file, taken_schema(source.id_type)) as parquet:
             rows = 0
             for ids, texts in source.rows(selection, unfinished, older):
                 parquet.write({"id": ids, "text": texts})
@@ -87,10 +87,6 @@ def snapshot(
     _forget_older(run, rows_file)
     logger.info("snapshot: %d rows (%s)", rows, selection.describe(dataset.zone))
     return taken
-
-
-def _schema(ids: IdType) -> pa.Schema:
-    return pa.schema([("id", pa.int64() if ids == "integer" else pa.string()), ("text", pa.string())])
 
 
 def _forget_older(run: Run, rows_file: str) -> None:

@@ -25,6 +25,7 @@ from tagger.progress import showing
 from tagger.redis_connection import redis_client
 from tagger.runs import Plan, Run, Shard, opened_parquet, shard_path, utc_now
 from tagger.shard_budget import ShardBudget, shard_budget
+from tagger.shards import SCHEMA as SHARD_SCHEMA
 from tagger.throttle import BudgetSpent, LocalRates, Rates, RedisRates, Stopped, Throttle
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def _tag(
     number = shard.shard
     earlier = read_attempts(run, number)
     answered = latest_outcomes(attempt for attempt in earlier if attempt.plan_id == plan.plan_id)
-    cache = Cache(run.storage, plan.spec_id, dataset.llm.model)
+    cache = Cache(run.storage, plan.spec_id, dataset.llm.model, dataset.tag_ids)
     done_before = [key for key, outcome in answered.items() if outcome.status in ("tagged", "refused")]
     cache.assume(done_before)
     cache.assume(pending)  # others hold them: there is nothing to ask
@@ -251,7 +252,8 @@ def _tag(
         )
         client = Client(dataset, openai_client(dataset.llm.conn_id, connections), throttle)
         stack.enter_context(closing(client))
-        file = stack.enter_context(opened_parquet(run.storage, shard_path(run, plan.plan_id, number)))
+        path = shard_path(run, plan.plan_id, number)
+        file = stack.enter_context(opened_parquet(run.storage, path, SHARD_SCHEMA))
         texts = ShardTexts(file, cache)
         by_batch_only = dataset.llm.mode == "batch" and dataset.llm.batch_fallback is None
         asker = ShardAsker(

@@ -135,7 +135,7 @@ def _texts_in_storage(run: Run, row_ids: Sequence[str], texts: Sequence[str]) ->
 
 def _records(run: Run, dataset: Dataset, texts: Sequence[str]) -> list[Record | None]:
     spec = spec_id(dataset)
-    cache = Cache(run.storage, spec, dataset.llm.model)
+    cache = Cache(run.storage, spec, dataset.llm.model, dataset.tag_ids)
     keys = [text_key(spec, normalise(text)) for text in texts]
     found = cache.read_many(cache.find(keys))
     return [found.get(key) for key in keys]

@@ -62,7 +62,7 @@ def storage(s3_bucket: S3Store) -> Storage:
 
 @pytest.fixture
 def cache(storage: Storage) -> Cache:
-    return Cache(storage, SPEC, MODEL)
+    return Cache(storage, SPEC, MODEL, ["cardiology"])
 
 
 def fill(cache: Cache, storage: Storage, keys: Iterable[str]) -> None:
@@ -230,7 +230,14 @@ def test_a_truncated_object_counts_as_missing(cache: Cache, storage: Storage, wa
 
 
 def test_the_smallest_record_there_can_be_does_not_count_as_truncated() -> None:
-    smallest = record(tags=[], model="", cost_usd=None, finish_reason="", usage=Usage(), created_at=datetime.min)
+    smallest = record(
+        tags=[],
+        model="m",
+        cost_usd=None,
+        finish_reason="s",
+        usage=Usage(),
+        created_at=datetime.min.replace(tzinfo=UTC),
+    )
 
     assert len(smallest.to_bytes()) >= SMALLEST_RECORD
 
@@ -262,6 +269,16 @@ GARBAGE = [
     pytest.param(body(usage="much"), id="usage-is-a-word"),
     pytest.param(body(created_at="yesterday"), id="no-time"),
     pytest.param(body(model="offline-stand-in"), id="of-the-stand-in"),
+    pytest.param(body(created_at="2026-07-01T12:00:00"), id="no-zone"),
+    pytest.param(body(created_at="9999-12-31T23:59:59-23:59"), id="time-beyond-the-calendar"),
+    pytest.param(body(version=2.0), id="version-is-no-integer"),
+    pytest.param(body(tags=["hacked"]), id="a-tag-of-no-spec"),
+    pytest.param(body(tags=["cardiology", "cardiology"]), id="a-tag-twice"),
+    pytest.param(body(confidence=[float("nan")]), id="confidence-is-no-number"),
+    pytest.param(body(model="a\x00b"), id="model-that-no-database-takes"),
+    pytest.param(body(finish_reason="\ud800"), id="half-a-surrogate-pair"),
+    pytest.param(body(cost_usd=-1), id="cost-below-zero"),
+    pytest.param(body(usage={"input": 10**30}), id="more-tokens-than-can-be"),
 ]
 
 
@@ -321,14 +338,16 @@ def test_a_model_may_answer_under_a_longer_name() -> None:
 
 TOKENS = st.integers(min_value=0, max_value=10**9)
 RECORDS = st.builds(
+NAMES = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=200)
     Record,
     status=st.sampled_from(["tagged", "refused"]),
-    reason=st.none() | st.text(),
-    tags=st.lists(st.text()),
-    model=st.text().filter(lambda model: model != "offline-stand-in"),
+    reason=st.none() | NAMES,
+    tags=st.lists(st.text(), unique=True),
+    confidence=st.none() | st.lists(st.floats(0, 1)),
+    model=NAMES.filter(lambda model: model != "offline-stand-in"),
     usage=st.builds(Usage, input=TOKENS, cached_input=TOKENS, output=TOKENS),
     cost_usd=st.none() | st.floats(min_value=0, max_value=1e6),
-    finish_reason=st.text(),
+    finish_reason=NAMES,
     asked=st.sampled_from(["online", "batch", "together"]),
     chars=st.none() | st.builds(Chars.of, st.text()),
     created_at=st.datetimes(timezones=st.just(UTC)),

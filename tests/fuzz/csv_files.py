@@ -1,0 +1,141 @@
+"""CSV and Parquet files of examples, labels and reviews: their rows, or one line that shows none of their texts."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+
+from tagger.dataset import Dataset
+from tagger.dataset_files import load_dataset, parse_dataset
+from tagger.exceptions import InputError
+from tagger.labels import read_labels
+from tagger.review import Imported, _rows
+from tests.fuzz.hostile import MARKER, damaged, long, rarely, words
+from tests.fuzz.promises import assert_clear
+from tests.fuzz.rounds import Target, folder
+from tests.project import MINIMAL, merged
+
+DATASET = parse_dataset(merged(MINIMAL, {"storage": "s3://bucket"}), "notes.yaml")
+
+HEADERS = ("text,tags", "row_id,text,tags", "text;tags", "row_id,reviewed_tags,reviewed_by,reviewed_at", "tags,text,x")
+
+CELLS = (
+    "fruit",
+    "fruit;animal",
+    '"[""fruit""]"',
+    '"[""\\ud800""]"',
+    "(none)",
+    "(clear)",
+    "[[[",
+    "7",
+    "2026-11-01",
+    "'=1",
+)
+
+TOKENS = tuple(token.encode() for token in (",", ";", "\t", '"', '""', "\n", "\r", "\r\n", "\x00", "\ufeff", "'"))
+
+
+def _csv(header: str, rows: list[list[str]], ending: str) -> bytes:
+    return ending.join([header, *(",".join(row) for row in rows), ""]).encode("utf-8", "surrogatepass")
+
+
+def _parquet(names: list[str], columns: list[list[object]]) -> bytes:
+    body = io.BytesIO()
+    height = min((len(column) for column in columns), default=0)
+    try:
+        pq.write_table(pa.table({n: pa.array(c[:height]) for n, c in zip(names, columns, strict=False)}), body)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):  # mixed types, halves of surrogate pairs
+        return b"PAR1"
+    return body.getvalue()
+
+
+cells = st.one_of(st.sampled_from(CELLS), words, words.map(lambda word: f'"{word}"'), st.just(f"a {MARKER} text"))
+csvs = st.builds(
+    _csv,
+    st.one_of(st.sampled_from(HEADERS), words),
+    st.lists(st.lists(st.one_of(cells, rarely(long(words, 1_000_000), cells, 40)), min_size=1, max_size=5), max_size=4),
+    st.sampled_from(("\n", "\r\n", "\r")),
+)
+parquets = st.builds(
+    _parquet,
+    st.sampled_from((["text", "tags"], ["row_id", "tags"], ["row_id", "text", "tags"], ["tags"])),
+    st.lists(
+        st.one_of(
+            st.lists(st.text(max_size=8), max_size=3),
+            st.lists(st.lists(st.sampled_from(("fruit", "hacked")), max_size=2), max_size=3),
+            st.lists(st.binary(max_size=4), max_size=3),
+            st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3),
+            st.lists(st.floats(), max_size=3),
+            st.lists(st.none(), max_size=3),
+            st.lists(st.datetimes(), max_size=3),
+        ),
+        min_size=3,
+        max_size=3,
+    ),
+)
+
+
+def _examples(path: Path, body: bytes) -> Dataset:
+    dataset_file = path.with_name("by_examples.yaml")
+    if not dataset_file.exists():
+        dataset_file.write_text(_DATASET_FILE)
+    path.with_name("fuzz.csv").write_bytes(body)
+    return load_dataset(dataset_file)
+
+
+_DATASET_FILE = """\
+dataset: by_examples
+storage: s3://bucket
+source: {conn_id: db, table: texts, id_column: id, text_columns: [body]}
+target: {table: text_tags}
+llm: {model: offline-stand-in}
+prompt: You tag short notes.
+tags: [{id: fruit}, {id: animal}]
+examples: fuzz.csv
+"""
+
+
+def _labels(path: Path, body: bytes) -> None:
+    path.write_bytes(body)
+    for label in read_labels(path, DATASET, lambda _: None, ignore_unknown=True).labels:
+        assert set(label.tags) <= set(DATASET.tag_ids), "a tag outside the enum"
+        assert MARKER not in repr(label), "its repr shows the text"
+
+
+def _reviews(path: Path, body: bytes) -> None:
+    path.write_bytes(body)
+    done = Imported()
+    for row in _rows(path, DATASET, "text", "somebody", done):
+        if row.tags is not None:
+            assert set(row.tags) <= set(DATASET.tag_ids), "a tag outside the enum"
+    for problem in done.problems:
+        assert_clear(InputError(problem))
+
+
+READERS: dict[str, Callable[[Path, bytes], object]] = {"examples": _examples, "labels": _labels, "reviews": _reviews}
+
+
+def check(case: tuple[str, bytes, str]) -> str:
+    """Read a file as one of the three."""
+    kind, body, suffix = case
+    try:
+        READERS[kind](folder("csv") / f"file{suffix}", body)
+    except InputError as e:
+        assert_clear(e, lines=str(e).count("\n") + 1 if kind == "examples" else 1)
+        return f"{kind}: refused"
+    return f"{kind}: read"
+
+
+TARGET = Target(
+    "csv-files",
+    st.tuples(
+        st.sampled_from(tuple(READERS)),
+        st.one_of(csvs, csvs, damaged(csvs, TOKENS), parquets, damaged(parquets)),
+        st.sampled_from((".csv", ".parquet")),
+    ),
+    check,
+    share=12_000,
+)
