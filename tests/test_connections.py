@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import json
 import logging
+import os
 import socket
 import socketserver
 import sqlite3
@@ -174,6 +176,14 @@ def test_empty_variable_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 BAD = {
+    "a port beyond all": f'{{"conn_type": "postgres", "password": "{SECRET}", "port": 1e999}}',
+    "a port of no machine": f'{{"conn_type": "postgres", "password": "{SECRET}", "port": 70000}}',
+    "a host that is a list": f'{{"conn_type": "postgres", "host": ["{SECRET}"]}}',
+    "half a surrogate pair": f'{{"conn_type": "postgres", "host": "{SECRET}\\ud800"}}',
+    "NUL": f"postgres://user:{SECRET}%00@db.example.com/tagger",
+    "deep": '{"extra":' * 50_000,
+    "a type that is no word": f"\u202ea b://user:{SECRET}@db.example.com",
+    "a password before the inner scheme": f"openai://:{SECRET}@https://llm.example.com/v1",
     "a word": SECRET,
     "port that is none": f"postgres://user:{SECRET}@db.example.com:port/tagger",
     "port out of range": f"postgres://user:{SECRET}@db.example.com:99999/tagger",
@@ -206,6 +216,31 @@ def test_repr_hides_what_is_secret() -> None:
 
     assert SECRET not in f"{connection!r} {connection}"
     assert "ours" in repr(connection)
+
+
+OUTSIDE = "import sys; from tagger.airflow.connections import connections_from_airflow as look_up; "
+OUTSIDE += "print([(c.conn_type, c.host, c.password, c.extra) if (c := look_up(i)) else None for i in sys.argv[1:]])"
+
+
+def test_connections_come_from_airflows_secrets_backend(tmp_path: Path) -> None:
+    """In a process of its own, for Airflow sets its backends up once. The backend goes before the environment."""
+    file = tmp_path / "connections.json"
+    database = {"conn_type": "postgres", "host": "db.example.com", "password": SECRET, "extra": {"sslmode": "require"}}
+    file.write_text(json.dumps({"tagger_db": database, "redis_default": "redis://from-the-backend"}))
+    settings = {
+        "AIRFLOW__SECRETS__BACKEND": "airflow.secrets.local_filesystem.LocalFilesystemBackend",
+        "AIRFLOW__SECRETS__BACKEND_KWARGS": json.dumps({"connections_file_path": str(file)}),
+        "AIRFLOW_CONN_REDIS_DEFAULT": "redis://from-the-environment",
+        "AIRFLOW_CONN_OPENAI_DEFAULT": "openai://from-the-environment",
+    }
+    command = [sys.executable, "-c", OUTSIDE, "tagger_db", "redis_default", "openai_default"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+
+    assert ast.literal_eval(done.stdout.splitlines()[-1]) == [
+        ("postgres", "db.example.com", SECRET, {"sslmode": "require"}),
+        ("redis", "from-the-backend", None, {}),
+        ("openai", "from-the-environment", None, {}),
+    ]
 
 
 # databases
