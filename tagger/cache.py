@@ -37,14 +37,13 @@ PATIENCE_SECONDS = 60.0
 
 _THREADS = 16
 
+_DELETIONS = 4
+"""Requests to delete at once: each deletes up to 1,000 objects, which takes S3 servers on one machine seconds."""
+
 _PARTS = "0123456789abcdef"
 """First digits of the keys: a listing is made in these parts, at once."""
 
 
-class Usage(BaseModel):
-    """Tokens of one or more calls. `cached_input` is the part of `input` that the endpoint had cached."""
-
-    model_config = ConfigDict(frozen=True)
 def _checked_name(value: str) -> str:
     if not is_name(value):
         raise ValueError("a printable name")
@@ -62,6 +61,10 @@ Name = Annotated[str, AfterValidator(_checked_name)]
 Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
+class Usage(BaseModel):
+    """Tokens of one or more calls. `cached_input` is the part of `input` that the endpoint had cached."""
+
+    model_config = ConfigDict(frozen=True)
 
     input: int = Field(default=0, ge=0, lt=2**63)
     cached_input: int = Field(default=0, ge=0, lt=2**63)
@@ -159,12 +162,12 @@ def parse_record(body: bytes, model: str, tags: Collection[str] | None = None) -
         raise DamagedRecord from None
     if record.model == STAND_IN_MODEL != model:
         raise DamagedRecord
+    if len(set(record.tags)) < len(record.tags) or (tags is not None and not set(record.tags) <= set(tags)):
+        raise DamagedRecord
     return record
 
 
 def patiently(request: Callable[[], T]) -> T:
-    if len(set(record.tags)) < len(record.tags) or (tags is not None and not set(record.tags) <= set(tags)):
-        raise DamagedRecord
     """Make a request of S3 again while it fails, for `PATIENCE_SECONDS`: an answer that waits is paid for."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -187,12 +190,12 @@ class Cache:
         self.spec = spec
         self._storage = storage
         self._model = model
+        self.tags = None if tags is None else frozenset(tags)
+        """Ids of the spec's tags; None where they are not known."""
         self._prefix = f"cache/{spec}/"
         self._complete: set[str] = set()
 
     def path(self, key: str) -> str:
-        self.tags = None if tags is None else frozenset(tags)
-        """Ids of the spec's tags; None where they are not known."""
         """Return the path of a key's object below the storage."""
         return f"{self._prefix}{key[:2]}/tag_{key}.json"
 
@@ -307,7 +310,7 @@ class Cache:
 
     def clear(self) -> None:
         """Delete all records: their texts are paid for again. Killed half way, it can be done again."""
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(_DELETIONS) as threads:
             list(threads.map(lambda part: self._delete(f"{self._prefix}{part}"), _PARTS))
         self._delete(self._prefix)  # what else lies there
         self._complete.clear()

@@ -91,7 +91,31 @@ def _clean_specs(
         print(f"{storage.url}: {len(found)} specs; `--spec ID` with one that is not used any more is how it is removed")
         return
     for spec in found:
-        again = f"to ask for its {spec.extent.records:,} texts again would cost about {usd(spec.repeat_usd)}"
         if yes:
             remove(storage, spec)
-        print(f"spec {spec.spec}: {'removed' if yes else 'not removed without `--yes`'}; {again}")
+        print(
+            f"spec {spec.spec}: {'removed' if yes else 'not removed without `--yes`'}; a dataset that comes back to it "
+            f"pays for its {spec.extent.records:,} texts again: about {usd(spec.repeat_usd)}"
+        )
+
+
+def _add_forget(add: Add) -> None:
+    forget = add(
+        "forget", _forget, "list all that is kept of rows which are gone from the source; with --yes, remove it"
+    )
+    forget.add_argument("dataset", metavar="DATASET")
+    forget.add_argument("ids", nargs="+", metavar="ID", help="of a row; all after `--` if one begins with a dash")
+    forget.add_argument("--yes", action="store_true", help="remove what is listed")
+
+
+def _forget(options: argparse.Namespace, connections: Connections) -> None:
+    from tagger.forget import Erasure
+
+    erasure = Erasure(load_dataset(find_dataset(options.dataset)), options.ids, connections)
+    found = erasure.find()
+    print("\n".join(erasure.describe(found)))
+    if found.traces and options.yes:
+        erasure.remove(found)
+        print("removed, and looked for again: nothing is left")
+    elif found.traces:
+        print("nothing is removed without `--yes`")

@@ -61,9 +61,6 @@ def stored_specs(storage: Storage, datasets: Iterable[Dataset], only: Sequence[s
         InputError: one of those named has no record; a record is of a newer version.
         StorageError: S3 failed.
     """
-    there = storage.folders("cache/")
-    if unknown := [spec for spec in only if spec not in there]:
-        raise InputError(f"{storage.url}: no spec `{unknown[0]}` (there: {', '.join(there) or 'none'})")
     files = [dataset for dataset in datasets if dataset.storage.rstrip("/") == storage.url]
     runs = [
         run.summary
@@ -71,15 +68,20 @@ def stored_specs(storage: Storage, datasets: Iterable[Dataset], only: Sequence[s
         for run in rolled_runs(storage, name)
         if run.summary is not None and not run.summary.dry_run
     ]
-    found = (
+    found = [
         _stored_spec(
             Cache(storage, spec, STAND_IN_MODEL),
             [run for run in runs if run.spec_id == spec],
             [dataset.dataset for dataset in files if spec_id(dataset) == spec],
         )
-        for spec in (only or there)
+        for spec in (only or storage.folders("cache/"))  # some S3 servers list folders that are empty by now
+    ]
+    if unknown := [spec.spec for spec in found if only and not spec.extent.bytes]:
+        raise InputError(f"{storage.url}: no spec `{unknown[0]}`; `tagger clean DATASET --spec` lists those it has")
+    return sorted(
+        (spec for spec in found if spec.extent.bytes),
+        key=lambda spec: (spec.used_at is not None and spec.used_at.timestamp(), spec.spec),
     )
-    return sorted(found, key=lambda spec: (spec.used_at is not None and spec.used_at.timestamp(), spec.spec))
 
 
 def _stored_spec(cache: Cache, runs: list[SummaryFigures], used_by: list[str]) -> StoredSpec:
