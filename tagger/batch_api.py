@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -61,6 +61,8 @@ class State:
     """The files of answers and of errors."""
     reason: str | None
     """The provider's code for why it failed as a whole."""
+    created_at: datetime | None = None
+    """By the provider's clock; None where it does not know the batch."""
 
     @property
     def ended(self) -> bool:
@@ -249,4 +251,5 @@ def _state_of(remote: openai.types.Batch) -> State:
         done=counts.completed + counts.failed if counts else 0,
         files=[file for file in (remote.output_file_id, remote.error_file_id) if file],
         reason=code if re.fullmatch("[a-z_]{1,40}", code) else None,
+        created_at=datetime.fromtimestamp(remote.created_at, UTC),
     )

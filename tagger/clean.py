@@ -15,7 +15,7 @@ from tagger.exceptions import StorageError
 from tagger.runs import utc_now
 from tagger.spend import RunFiles
 from tagger.storage import Storage, Version
-from tagger.stored_runs import Held, StoredRun, stored_runs
+from tagger.stored_runs import Held, StoredRun, as_written, stored_runs
 
 
 @dataclass
@@ -126,7 +126,8 @@ def clean(overdue: Overdue) -> tuple[Amount, list[str]]:
 
 def _clean(stored: StoredRun, wholly: bool, gone: Held) -> None:
     run = stored.run
-    texts, files = (list(run.storage.list_versions(prefix)) for prefix in (run.texts, run.files))
+    versions = as_written(run, [v for prefix in (run.texts, run.files) for v in run.storage.list_versions(prefix)])
+    texts, files = ([v for v in versions if v.path.startswith(prefix)] for prefix in (run.texts, run.files))
     books = RunFiles(run)
     for version in files:
         books.add(version)

@@ -1,4 +1,4 @@
-"""The commands that delete: clean."""
+"""The commands that delete: clean, forget."""
 
 import argparse
 import sys
@@ -7,13 +7,21 @@ from pathlib import Path
 from tagger.cli_quality import Add
 from tagger.connections import Connections
 from tagger.dataset import Dataset
-from tagger.dataset_files import dataset_files, dataset_paths, datasets_folder, load_datasets
+from tagger.dataset_files import (
+    dataset_files,
+    dataset_paths,
+    datasets_folder,
+    find_dataset,
+    load_dataset,
+    load_datasets,
+)
 from tagger.exceptions import DatasetError, InputError, StorageError
 
 
 def add_commands(add: Add) -> None:
     """Add the commands of this module."""
     _add_clean(add)
+    _add_forget(add)
 
 
 def _add_clean(add: Add) -> None:

@@ -13,9 +13,9 @@ from tagger.exceptions import InputError, RunFailed
 from tagger.review_file import shown
 from tagger.snapshot import SourceTable
 from tagger.storage import Storage
-from tagger.stored_runs import active_runs
+from tagger.stored_runs import active_runs, keep_age, stored_runs
 from tagger.tables import connecting
-from tagger.traces import Found, Place, Search
+from tagger.traces import Found, Place, Search, StoredFile
 from tagger.trial import id_in
 
 IDS_SHOWN = 5
@@ -71,11 +71,18 @@ class Erasure:
         Raises:
             RunFailed: something is left, for others wrote meanwhile.
         """
+        self._keep_ages([trace.file for trace in found.traces if trace.file is not None])
         for trace in sorted(found.traces, key=lambda trace: trace.place):
             trace.remove()
         if left := self.find().traces:
             places = ", ".join(sorted({_PLACES[trace.place] for trace in left}))
             raise RunFailed(f"`{self._name}`: others wrote meanwhile, and something is left ({places}): run it again")
+
+    def _keep_ages(self, files: Sequence[StoredFile]) -> None:
+        for dataset in {file.dataset for file in files}:
+            for stored in stored_runs(self._storage, dataset):
+                if paths := {f.path for f in files if (f.dataset, f.run_id) == (dataset, stored.run.run_id)}:
+                    keep_age(stored, paths)
 
     def describe(self, found: Found) -> Iterator[str]:
         """Yield in lines what was found, and what is beyond reach."""

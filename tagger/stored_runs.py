@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from pydantic import AwareDatetime
+
 from tagger.batches import Batch, Batches
 from tagger.ledger import read_attempts
-from tagger.runs import CLEANED, RUN_ID, Run, is_trial, utc_now
+from tagger.runs import CLEANED, RUN_ID, File, Run, is_trial, utc_now
 from tagger.storage import Storage, Version
 
 SILENCE = timedelta(hours=26)
 """How long a run that is at work may write nothing: a batch takes up to 24 hours."""
+
+
+REWRITTEN = "rewritten.json"
+
+
+class Rewritten(File):
+    """`rewritten.json`: which objects of a run `tagger forget` wrote again. That makes the run no younger."""
+
+    written_at: AwareDatetime
+    """When the run itself last wrote anything."""
+    paths: frozenset[str]
 
 
 @dataclass
@@ -80,12 +93,13 @@ def active_runs(storage: Storage, dataset_name: str) -> list[str]:
 
 
 def stored_runs(storage: Storage, dataset_name: str) -> list[StoredRun]:
-    """Return a dataset's runs; 1,000 objects a request, and one request for each batch in storage.
+    """Return a dataset's runs; 1,000 objects a request, and one request for each batch and each rewritten run.
 
     Raises:
         StorageError: the file of a batch is damaged.
     """
     found: dict[str, StoredRun] = {}
+    objects: dict[str, list[Version]] = {}
 
     def of(run_id: str) -> StoredRun:
         return found.get(run_id) or found.setdefault(run_id, StoredRun(Run(storage, dataset_name, run_id)))
@@ -94,10 +108,13 @@ def stored_runs(storage: Storage, dataset_name: str) -> list[StoredRun]:
         prefix = f"{folder}/{dataset_name}/"
         for version in storage.list_versions(prefix):
             run_id, _, name = version.path.removeprefix(prefix).partition("/")
-            if not name or not RUN_ID.fullmatch(run_id):
-                continue
-            stored = of(run_id)
-            if folder == "snapshots":
+            if name and RUN_ID.fullmatch(run_id):
+                objects.setdefault(run_id, []).append(version)
+    for run_id, versions in objects.items():
+        stored = of(run_id)
+        for version in as_written(stored.run, versions):
+            name = version.path.rpartition("/")[2]
+            if version.path.startswith("snapshots/"):
                 stored.texts.add(version)
             elif name == "summary.json":
                 stored.summed_up_at = version.written_at
@@ -109,6 +126,26 @@ def stored_runs(storage: Storage, dataset_name: str) -> list[StoredRun]:
         if batch.dataset == dataset_name:
             of(batch.run_id).has_batch = True
     return list(found.values())
+
+
+def keep_age(stored: StoredRun, paths: Set[str]) -> None:
+    """Note which objects of a run are to be written again, so that it looks as old and as quiet as it is."""
+    if stored.written_at is not None:
+        before = stored.run.read(REWRITTEN, Rewritten)
+        paths = frozenset(paths | before.paths if before else paths)
+        stored.run.write(REWRITTEN, Rewritten(written_at=stored.written_at, paths=paths))
+
+
+def as_written(run: Run, versions: list[Version]) -> list[Version]:
+    """Return a run's objects with the times at which the run itself wrote them."""
+    marker = f"{run.files}{REWRITTEN}"
+    if not any(version.path == marker for version in versions):
+        return versions
+    rewritten = run.read(REWRITTEN, Rewritten)
+    if rewritten is None:
+        return versions
+    paths, latest = {marker, *rewritten.paths}, rewritten.written_at
+    return [v._replace(written_at=min(v.written_at, latest)) if v.path in paths else v for v in versions]
 
 
 def _unfinished_batches(storage: Storage) -> Iterator[Batch]:

@@ -63,9 +63,9 @@ class Place(IntEnum):
     """
 
     PROVIDER = 0
-    CACHE = 1
-    TRIALS = 2
-    BATCHES = 3
+    TRIALS = 1
+    BATCHES = 2
+    CACHE = 3
     BOOKS = 4
     SNAPSHOTS = 5
     SUMMARIES = 6
@@ -82,12 +82,23 @@ _PLACES = {
 }
 
 
+class StoredFile(NamedTuple):
+    """A file of a run."""
+
+    path: str
+    dataset: str
+    run_id: str
+    kind: Kind | Literal["json"]
+
+
 class Trace(NamedTuple):
     """What one object, table or file holds of the rows."""
 
     place: Place
     lines: int
     remove: Callable[[], object]
+    file: StoredFile | None = None
+    """The file of a run, where it is one."""
 
 
 @dataclass
@@ -105,23 +116,14 @@ class Found:
     """Connections that batches were handed over by, and that are not there any more."""
 
 
-class StoredFile(NamedTuple):
-    """A file of a run."""
-
-    path: str
-    dataset: str
-    run_id: str
-    kind: Kind | Literal["json"]
-
-
 @dataclass
 class Hit:
     """What a file holds of the rows by their ids."""
 
     lines: int = 0
     keys: set[str] = field(default_factory=set)
-    is_of_batch: bool = False
-    """Whether it is the books of a batch."""
+    of_batch_at: datetime | None = None
+    """When the books were opened, if they are a batch's."""
 
 
 class Search:
@@ -158,8 +160,10 @@ class Search:
         """
         found = Found()
         files = self._files()
-        specs = sorted({*self._storage.folders("cache/"), *self._storage.folders("batches/")})
         with ThreadPoolExecutor(THREADS) as threads:
+            trials = [f.path for f in files if is_trial(f.run_id) and f.path.endswith("/plan.json")]
+            of_trials = (plan["spec_id"] for plan in threads.map(self._json, trials) if plan)
+            specs = {*self._storage.folders("cache/"), *self._storage.folders("batches/"), *of_trials}
             by_id = [file for file in files if self._is_by_id(file)]
             hits = dict(zip(by_id, threads.map(partial(self._look, specs), by_id), strict=True))
             rows = self._rows_in_target()
@@ -211,7 +215,7 @@ class Search:
         """Return what a file holds by the rows' ids; of texts, their keys under all specs."""
         hit = Hit()
         with opened_parquet(self._storage, file.path) as parquet:
-            hit.is_of_batch = file.kind == "books" and _is_of_batch(parquet)
+            hit.of_batch_at = _of_batch_at(parquet) if file.kind == "books" else None
             for line in lines_of(parquet, Theirs(ids=self._names)):
                 hit.lines += 1
                 if key := line.get("key"):
@@ -264,22 +268,24 @@ class Search:
     def _in_file(self, file: StoredFile, lines: int, theirs: Theirs) -> Trace:
         assert file.kind != "json"
         if is_trial(file.run_id) and file.kind in ("texts", "shard"):  # which a trial deletes when it ends
-            return Trace(Place.SNAPSHOTS, lines, partial(self._storage.delete, file.path))
+            return Trace(Place.SNAPSHOTS, lines, partial(self._storage.delete, file.path), file)
         place = Place.TRIALS if is_trial(file.run_id) else _PLACES[file.kind]
         keys = self._new_keys[file.dataset, file.run_id]
-        return Trace(place, lines, partial(take_out, self._storage, file.path, file.kind, theirs, keys))
+        return Trace(place, lines, partial(take_out, self._storage, file.path, file.kind, theirs, keys), file)
+
+    def _json(self, path: str) -> Any:
+        try:
+            return json.loads(self._storage.get(path) or b"{}")
+        except ValueError:
+            raise StorageError(f"{self._storage.url}/{path}: damaged: run its step again, or delete it") from None
 
     def _in_json(self, file: StoredFile) -> Trace | None:
-        body = self._storage.get(file.path)
-        try:
-            content = json.loads(body or b"null")
-        except ValueError:
-            raise StorageError(f"{self._storage.url}/{file.path}: damaged: run its step again") from None
+        content = self._json(file.path)
         left = without_names(content, self._names)
         if left == content:
             return None
         after = json.dumps(left, indent=2, ensure_ascii=False).encode()
-        return Trace(Place.SUMMARIES, 1, partial(self._storage.put, file.path, after))
+        return Trace(Place.SUMMARIES, 1, partial(self._storage.put, file.path, after), file)
 
     def _in_history(self) -> Iterator[Trace]:
         """Yield a trace where the rollup says of a run why it failed, and names one of the rows."""
@@ -332,27 +338,31 @@ class Search:
         batches: Sequence[tuple[str, Batch | None]],
         found: Found,
     ) -> None:
-        by_batch = {file: hit for file, hit in hits.items() if hit.is_of_batch}
-        answered = set[str]().union(*(hit.keys for hit in by_batch.values()))
+        run_ids, booked = set[str](), defaultdict[str, set[datetime]](set)
+        for file, hit in hits.items():
+            if hit.of_batch_at is not None:
+                run_ids.add(file.run_id)
+                for key in hit.keys:
+                    booked[key].add(hit.of_batch_at)
         waiting = {batch.batch for _, batch in batches if batch is not None and not batch.collected}
         left: dict[str, str] = {}
-        for conn_id in self._batch_connections({file.run_id for file in by_batch}):
+        for conn_id in self._batch_connections(run_ids):
             try:
                 client = openai_client(conn_id, self._connections)
             except InputError:
                 found.not_looked_at.add(conn_id)
                 continue
             with closing(client):
-                for file_id in find_leftovers(BatchAPI(client), keys, answered, waiting):
+                for file_id in find_leftovers(BatchAPI(client), keys, booked, waiting):
                     left.setdefault(file_id, conn_id)
         for file_id, conn_id in left.items():
             found.traces.append(Trace(Place.PROVIDER, 1, partial(self._delete_at_provider, conn_id, file_id)))
 
     def _batch_connections(self, run_ids: Collection[str]) -> set[str]:
         """Return the connections that batches of the dataset are, or were, handed over by."""
-        frozen = (self._storage.get(f"runs/{self._name}/{run_id}/dataset.json") for run_id in run_ids)
+        frozen = (self._json(f"runs/{self._name}/{run_id}/dataset.json") for run_id in run_ids)
         now = {self._dataset.llm.conn_id} if self._dataset.llm.mode == "batch" else set[str]()
-        return now | {json.loads(body)["llm"]["conn_id"] for body in frozen if body}
+        return now | {dataset["llm"]["conn_id"] for dataset in frozen if dataset}
 
     def _delete_at_provider(self, conn_id: str, file_id: str) -> None:
         with closing(openai_client(conn_id, self._connections)) as client:
@@ -393,9 +403,9 @@ class Search:
                 connection.execute(target.delete().where(target.c.row_id.in_(part)))
 
 
-def _is_of_batch(books: pq.ParquetFile) -> bool:
+def _of_batch_at(books: pq.ParquetFile) -> datetime | None:
     about = json.loads((books.schema_arrow.metadata or {}).get(b"tagger", b"{}"))
-    return bool(about.get("asked") == "batch")
+    return datetime.fromisoformat(about["started_at"]) if about.get("asked") == "batch" else None
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
