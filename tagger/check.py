@@ -11,6 +11,7 @@ from tagger.clean import describe
 from tagger.connections import Connections, database, openai_client
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError, Unreachable
+from tagger.mysql import check_rights
 from tagger.plan import WITHOUT_LOCK
 from tagger.price import price_of
 from tagger.redis_connection import ping_redis, redis_client
@@ -40,6 +41,8 @@ def check(dataset: Dataset, connections: Connections, *, create: bool = False) -
                 f"`target.conn_id`: connection `{dataset.target_conn_id}` takes no writes (a replica?); it must name "
                 "the primary"
             )
+        if connection.dialect.name == "mysql":
+            check_rights(connection, dataset.target_conn_id)
         for added in complete_target(connection, dataset.target.table, ids) if create else ():
             yield f"target {dataset.target.table}: {added} made"
         connection.commit()
@@ -94,7 +97,7 @@ def _lacks_index(connection: sa.Connection, table: str, name: str) -> bool:
     schema, table_name = split_name(table)
     if connection.dialect.name == "sqlite" or table_name not in inspector.get_table_names(schema):
         return False
-    firsts = [inspector.get_pk_constraint(table_name, schema)["constrained_columns"][:1]]
+    firsts: list[list[str | None]] = [[*inspector.get_pk_constraint(table_name, schema)["constrained_columns"][:1]]]
     for index in inspector.get_indexes(table_name, schema):
         options = index.get("dialect_options", {})
         if not options.get("postgresql_where") and options.get("postgresql_using") != "hash":

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 OLDEST = {"MySQL": (8, 0, 17), "MariaDB": (10, 6)}
-"""The first versions that have what is used: JSON_TABLE, and a collation in which ids are what they are in Python."""
+"""The first version with a collation in which ids are what they are in Python, and the oldest that was maintained."""
 
 CONNECT_SECONDS = 15
 
 LOCK_SECONDS = 600
 """How long a load waits for another one into the same table."""
+
+DENIED = 1044
+"""Number of the error that an account has no such right in the database."""
 
 SESSION = "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 """Instants go out and come in as UTC; a value that does not fit is an error, and is not cut."""
@@ -136,6 +139,19 @@ def check_version(dialect: "sa.Dialect", conn_id: str) -> None:
         raise InputError(f"connection `{conn_id}`: it is {name} {shown}; {name} {oldest} or later is needed")
 
 
+def check_rights(connection: "sa.Connection", conn_id: str) -> None:
+    """Raise InputError where the account may not make the temporary table that a load puts its rows into."""
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        connection.exec_driver_sql("CREATE TEMPORARY TABLE tagger_check (n INT)")
+    except OperationalError as e:
+        number, message = server_error(e.orig) or (None, "")
+        if number != DENIED:
+            raise
+        raise InputError(f"connection `{conn_id}`: CREATE TEMPORARY TABLES is not granted: {message}") from None
+
+
 @contextmanager
 def abandoned_on_error(connection: "sa.Connection") -> Iterator[None]:
     """Let go of a MySQL connection when the block fails: to end a query, PyMySQL would first read all rows left."""
@@ -166,9 +182,7 @@ def only_session(connection: "sa.Connection", schema: str | None, table: str) ->
     with connection.begin():
         taken = connection.exec_driver_sql("SELECT GET_LOCK(%s, %s)", (name, LOCK_SECONDS)).scalar_one()
     if taken != 1:
-        raise TaggerError(
-            f"table {place}: another load has been at work for {LOCK_SECONDS} s; try again later"
-        )
+        raise TaggerError(f"table {place}: another load has been at work for {LOCK_SECONDS} s; try again later")
     try:
         yield
     finally:

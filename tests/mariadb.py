@@ -16,6 +16,7 @@ from typing import Self
 import pymysql
 
 from demo.processes import LOOPBACK, Process, ServerError, free_port, start_on_free_ports
+from tests.servers import Authority
 
 WITHOUT = "no MariaDB: `apt-get install --no-install-recommends mariadb-server-core mariadb-client-core` brings it"
 
@@ -65,7 +66,7 @@ def is_installed() -> bool:
 
 
 class MariaDB:
-    """A MariaDB server with an account `tagger` that may do all, over TCP on 127.0.0.1 only.
+    """A MariaDB server with an account `tagger` that may do all, over TCP on 127.0.0.1 only, with or without TLS.
 
     For root it runs as `nobody`, with the data in the machine's temporary directory. Every start begins empty.
     """
@@ -96,6 +97,21 @@ class MariaDB:
         with self.connect() as connection, connection.cursor() as cursor:
             cursor.execute(f"CREATE DATABASE `{name}` CHARACTER SET {charset}")
         return self.database(name)
+
+    @property
+    def authority(self) -> Path:
+        """The file of the authority that has signed the server's certificate."""
+        if self._home is None:
+            raise ServerError("MariaDB is not running", None)
+        return self._home / "authority.pem"
+
+    def create_user(self, name: str, rights: str) -> str:
+        """Creates an account with these rights, `SELECT ON a.b, …`, and returns its password."""
+        password = secrets.token_hex(16)
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(f"CREATE USER '{name}'@'{LOOPBACK}' IDENTIFIED BY '{password}'")
+            cursor.execute(f"GRANT {rights} TO '{name}'@'{LOOPBACK}'")
+        return password
 
     def connect(self) -> pymysql.Connection[pymysql.cursors.Cursor]:
         """Returns a connection to the server."""
@@ -142,6 +158,7 @@ class MariaDB:
             f"CREATE OR REPLACE USER {account} IDENTIFIED BY '{self.password}';\n"
             f"GRANT ALL ON *.* TO {account} WITH GRANT OPTION;\n"
         )
+        Authority(home).issue()
         made = subprocess.run(
             ["mariadb-install-db", "--no-defaults", f"--datadir={home / 'data'}", "--skip-test-db", *_STORE],
             env=_ENVIRONMENT,
@@ -158,6 +175,7 @@ class MariaDB:
         self._port = free_port()
         program = shutil.which("mariadbd", path=_ENVIRONMENT["PATH"]) or "mariadbd"  # not on every user's PATH
         files = [f"--datadir={home / 'data'}", f"--socket={home / 'socket'}", f"--init-file={home / 'init.sql'}"]
+        files += [f"--ssl-cert={home / LOOPBACK}.pem", f"--ssl-key={home / LOOPBACK}.key"]
         return Process(
             [program, "--no-defaults", *files, f"--port={self._port}", *_STORE, *_SETTINGS],
             self.directory / "mariadb.log",

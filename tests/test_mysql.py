@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
@@ -18,8 +22,10 @@ from tagger.check import check
 from tagger.connections import Connection, database
 from tagger.exceptions import InputError, TaggerError, Unreachable
 from tagger.mysql import OLDEST, check_version, connect_arguments
-from tagger.runs import read_parquet
+from tagger.review import export_reviews, import_reviews
+from tagger.runs import Run, read_parquet
 from tagger.snapshot import database_time, snapshot
+from tagger.storage import Storage
 from tagger.tables import connecting, new_target, only_writer
 from tagger.window import Selection
 from tests.databases import database_connection, make_project, put_rows
@@ -145,6 +151,7 @@ def dialect(version: str = "8.0.36") -> Any:
     """Returns SQLAlchemy's dialect as it is after it has met a server of this version."""
     made = mysql.dialect()  # type: ignore[no-untyped-call]
     made._parse_server_version(version)
+    made._dispatch_for_vendor(made._initialize_mysql, made._initialize_mariadb, None)
     return made
 
 
@@ -226,6 +233,132 @@ def kill(connection: sa.Connection, server: MariaDB) -> None:
     session = connection.execute(sa.text("SELECT CONNECTION_ID()")).scalar_one()
     with server.connect() as other, other.cursor() as cursor:
         cursor.execute(f"KILL {session}")
+
+
+# TLS
+
+
+def with_tls(place: MySQLDatabase, **extra: Any) -> Any:
+    known = Connection("ours", "mysql", place.host, place.port, place.user, place.password, place.name, extra)
+    return connecting(database("ours", lambda _: known), "ours")
+
+
+def is_encrypted(connection: sa.Connection) -> bool:
+    return bool(connection.execute(sa.text("SHOW STATUS LIKE 'Ssl_cipher'")).one()[1])
+
+
+@pytest.mark.parametrize(
+    ("extra", "encrypted"),
+    [
+        ({}, True),
+        ({"ssl_mode": "DISABLED"}, False),
+        ({"ssl_mode": "REQUIRED"}, True),
+        ({"ssl": {"ca": "authority"}}, True),
+        ({"ssl": {"ca": "authority"}, "ssl_mode": "VERIFY_IDENTITY"}, True),
+    ],
+)
+def test_a_connection_is_encrypted_where_it_can_be(
+    ours: MySQLDatabase, mariadb: MariaDB, extra: dict[str, Any], encrypted: bool
+) -> None:
+    extra = json.loads(json.dumps(extra).replace("authority", str(mariadb.authority)))
+
+    with with_tls(ours, **extra) as connection:
+        assert is_encrypted(connection) == encrypted
+
+
+def test_a_server_that_another_authority_vouches_for_is_refused(ours: MySQLDatabase, tmp_path: Path) -> None:
+    foreign = Authority(tmp_path).file
+
+    told = r"`ours`: the database does not answer: .*certificate verify failed.*\(2003\)$"
+    with pytest.raises(Unreachable, match=told), with_tls(ours, ssl={"ca": str(foreign)}):
+        pass
+
+
+def test_a_server_of_another_name_is_refused_where_the_name_is_looked_at(ours: MySQLDatabase, mariadb: MariaDB) -> None:
+    elsewhere = replace(ours, host="localhost")
+    extra = {"ssl": {"ca": str(mariadb.authority)}}
+
+    refused = pytest.raises(Unreachable, match="Hostname mismatch")
+    with refused, with_tls(elsewhere, **extra, ssl_mode="VERIFY_IDENTITY"):
+        pass
+
+
+def test_a_server_without_tls_gets_no_password_where_tls_is_wanted() -> None:
+    """A fake that greets as MySQL does, without the flag for TLS."""
+    capabilities = (0xFFFFFFFF & ~0x800).to_bytes(4, "little")
+    salt = b"12345678", b"123456789012\0"
+    greeting = b"\x0a8.0.36\0" + bytes(4) + salt[0] + b"\0" + capabilities[:2] + b"\x2d\x02\0" + capabilities[2:]
+    greeting += b"\x15" + bytes(10) + salt[1] + b"caching_sha2_password\0"
+    received = b""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            nonlocal received
+            client, _ = server.accept()
+            with client:
+                client.sendall(len(greeting).to_bytes(3, "little") + b"\0" + greeting)
+                received = client.recv(1000)
+
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        place = MySQLDatabase("127.0.0.1", server.getsockname()[1], "tagger", "s3cret", "press")
+        with pytest.raises(Unreachable, match="SSL is required"), with_tls(place, ssl_mode="REQUIRED"):
+            pass
+        greeter.join(10)
+
+    assert received == b""
+
+
+# Rights
+
+RIGHTS = "SELECT, SHOW VIEW, INSERT, UPDATE, DELETE, CREATE, CREATE VIEW, DROP, ALTER, CREATE TEMPORARY TABLES"
+"""Those that docs/mysql.md names, of the target's database."""
+
+
+def as_user(project: Project, mariadb: MariaDB, rights: str) -> Connection:
+    """Returns a connection to the project's database as somebody with these rights."""
+    known = project.database_connection
+    user = f"u{uuid.uuid4().hex[:20]}"
+    password = mariadb.create_user(user, f"{rights} ON `{known.schema}`.*")
+    return replace(known, login=user, password=password)
+
+
+def test_the_rights_that_the_docs_name_are_enough(project: Project, mariadb: MariaDB, tmp_path: Path) -> None:
+    project.database_connection = as_user(project, mariadb, RIGHTS)
+    put_rows(project, {1: "apple", 2: "zebra"})
+
+    list(check(project.dataset, project.connections, create=True))
+    project.run()
+    project.execute("ALTER TABLE note_tags DROP COLUMN reviewed_at")
+    project.execute("DROP VIEW note_tags_effective")
+    told = list(check(project.dataset, project.connections, create=True))
+
+    assert {row.status for row in project.target().values()} == {"tagged"}
+    assert [line for line in told if line.endswith(" made")] == [
+        "target note_tags: column reviewed_at made",
+        "target note_tags: view note_tags_effective made",
+    ]
+
+
+def test_check_says_that_temporary_tables_are_not_granted(project: Project, mariadb: MariaDB) -> None:
+    rights = RIGHTS.removesuffix(", CREATE TEMPORARY TABLES")
+    project.database_connection = as_user(project, mariadb, rights)
+    put_rows(project, {1: "apple"})
+
+    with pytest.raises(InputError, match=r"`db`: CREATE TEMPORARY TABLES is not granted: Access denied for user"):
+        list(check(project.dataset, project.connections))
+    with pytest.raises(TaggerError, match=r"Access denied for user .* to database .* \(1044\)"):
+        project.run()
+
+
+def test_a_source_needs_to_be_read_only(project: Project, mariadb: MariaDB) -> None:
+    project.execute("CREATE VIEW shouted AS SELECT id, upper(body) AS body FROM notes")
+    project.database_connection = as_user(project, mariadb, "SELECT, SHOW VIEW")
+    put_rows(project, {1: "apple"})
+
+    assert taken(project) == {1: "apple"}
+    project.change(source={"table": "shouted"})
+    assert taken(project) == {1: "APPLE"}
 
 
 # The lock
@@ -402,6 +535,56 @@ def test_bytes_are_refused(project: Project, declared: str) -> None:
         project.take()
 
 
+NUMBERS = (
+    "CREATE VIEW notes AS SELECT seq AS id, REPEAT(CHAR(97 + seq % 26 USING utf8mb4), 1500) AS body FROM seq_1_to_{}"
+)
+"""A table of so many rows of 1,500 characters, which MariaDB makes as it is read."""
+
+
+def test_a_snapshot_that_fails_does_not_read_the_rows_that_are_left(project: Project) -> None:
+    project.execute("DROP TABLE notes")
+    project.execute(NUMBERS.format(500_000).replace("seq AS id", "CAST(IF(seq < 100, seq, 7) AS INT) AS id"))
+    clock = time.monotonic()
+
+    with pytest.raises(InputError, match="id 7 appears twice"):
+        project.take()
+
+    assert time.monotonic() - clock < 10
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_table(project: Project) -> None:
+    put_rows(project, {1: "apple"})
+    project.take("small")
+    project.execute("DROP TABLE notes")
+    project.execute(NUMBERS.format(200_000))
+    process, before = psutil.Process(), psutil.Process().memory_info().rss
+    grown: list[int] = []
+
+    class Watched(Storage):
+        def upload(self, path: str, file: Path) -> None:
+            grown.append(process.memory_info().rss - before)
+            super().upload(path, file)
+
+    storage = project.open("one").storage
+    run = Run(Watched(storage.url, storage._client), "notes", "one")
+    rows = snapshot(project.dataset, run, DAY, project.connections).rows
+
+    assert rows == 200_000
+    assert max(grown) < 150_000_000
+
+
+def test_a_view_of_a_column_that_is_gone_is_one_line(project: Project) -> None:
+    project.execute("CREATE VIEW shown AS SELECT id, body FROM notes")
+    project.execute("ALTER TABLE notes RENAME COLUMN body TO moved")
+    project.change(source={"table": "shown"})
+
+    with pytest.raises(
+        InputError, match=r"table shown cannot be read: it is a view of tables or columns that are gone"
+    ):
+        project.take()
+
+
 # In Asia/Tokyo, the server's own zone, the day ends at nine in the morning of the next one.
 @pytest.mark.parametrize(
     ("declared", "zone", "inside", "outside"),
@@ -444,12 +627,12 @@ def columns(place: MySQLDatabase, table: str = "note_tags") -> dict[str, str]:
 
 def test_the_target_is_what_we_make_it_whatever_the_databases_defaults_are(project: Project, mariadb: MariaDB) -> None:
     other = mariadb.create_database(f"test_{uuid.uuid4().hex}", "latin1")
-    tags = {"果物": "林檎", "pet": "dog", "Pet": "cat"}
+    tags = {"果物": "林檎", "pet": "zebra", "Pet": "tiger"}
     project.change(
         target={"table": f"{other.name}.note_tags"},
         tags=[{"id": tag, "description": description} for tag, description in tags.items()],
     )
-    put_rows(project, {1: "林檎", 2: "dog", 3: "cat"})
+    put_rows(project, {1: "林檎", 2: "zebra", 3: "tiger"})
 
     summary = project.run()
 
@@ -499,3 +682,41 @@ def test_the_table_for_mysql_differs_from_that_for_mariadb_in_the_ids_collation(
     made = str(CreateTable(new_target("note_tags", ids)).compile(dialect=dialect(version)))
 
     assert made.replace(" \n", "\n") == MADE.replace("{ids}", declared)
+
+
+def test_the_statements_of_runs_are_the_same_for_mysql(project: Project, tmp_path: Path) -> None:
+    """But for the collation of text ids: what is run here on MariaDB is what MySQL 8 gets."""
+    project.change(
+        confidence=True, review_below=0.5, limits={"max_deleted_fraction": 1}, source={"updated_at": "updated_at"}
+    )
+    source(project, "id VARCHAR(20) PRIMARY KEY, body TEXT, updated_at TIMESTAMPTZ")
+    sent: list[Any] = []
+
+    def note(_connection: Any, statement: Any, *_: Any) -> None:
+        sent.append(statement)
+
+    sa.event.listen(sa.Engine, "before_execute", note)
+    try:
+        put_rows(project, {"a": "apple", "b": "zebra", "c": " "})
+        project.run()
+        project.put("b", "rain")
+        project.change(revision=2, rollout={"texts_per_run": 1})
+        project.run()
+        project.execute("DELETE FROM notes WHERE id = 'a'")
+        project.run(all_rows=True)
+        export_reviews(project.dataset, tmp_path / "out.csv", project.connections, status="all")
+        file = tmp_path / "in.csv"
+        file.write_text("row_id,reviewed_tags\nb,animal\n")
+        import_reviews(project.dataset, file, project.connections)
+    finally:
+        sa.event.remove(sa.Engine, "before_execute", note)
+    pairs = {
+        str(statement.compile(dialect=dialect("10.11.6-MariaDB"))): str(statement.compile(dialect=dialect()))
+        for statement in sent
+    }
+
+    for on_mariadb, on_mysql in pairs.items():
+        spelled = on_mysql.replace("utf8mb4_0900_bin", "utf8mb4_nopad_bin")
+        assert spelled.replace("`", "") == on_mariadb.replace("`", "")  # their reserved words differ
+        assert "RETURNING" not in on_mysql
+    assert {sql.split()[0] for sql in pairs} >= {"CREATE", "SELECT", "INSERT", "UPDATE", "DELETE"}

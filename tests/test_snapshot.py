@@ -218,10 +218,11 @@ def test_broken_utf8_in_sqlite_does_not_stop_the_run(sqlite: Project) -> None:
     assert rows(sqlite.take()) == [(1, "ap\ufffdle"), (2, "banana")]
 
 
-def test_bytes_in_a_text_column_are_refused(sqlite: Project) -> None:
-    sqlite.execute("INSERT INTO notes VALUES (7, x'00ff', NULL)")
+def test_bytes_in_a_text_column_are_read_as_utf8(sqlite: Project) -> None:
+    sqlite.execute("INSERT INTO notes VALUES (7, x'6170ff6c65', NULL)")
+    sqlite.put(8, "banana")
 
-    refused(sqlite, "`source.text_columns`", "`body` of row 7 is bytes")
+    assert rows(sqlite.take()) == [(7, "ap\ufffdle"), (8, "banana")]
 
 
 # Names
@@ -292,6 +293,31 @@ def test_a_missing_column_is_named_with_those_there_are(project: Project, key: s
     project.change(source=setting)
 
     refused(project, f"`{key}`", "no column `nope`", "id, body, updated_at")
+
+
+@pytest.mark.parametrize("gone", ["id", "body", "updated_at"])
+def test_a_column_that_is_gone_is_one_error_before_anything_is_written(project: Project, gone: str) -> None:
+    project.put(1, "apple")
+    project.change(source={"updated_at": "updated_at"})
+    project.run("one", all_rows=True)
+    target, stored = project.target(), project.everything_stored(but="nothing")
+    project.execute(f"ALTER TABLE notes RENAME COLUMN {gone} TO moved")
+
+    with pytest.raises(InputError, match=rf"table notes has no column `{gone}`") as caught:
+        project.run("two", all_rows=True)
+
+    assert len(str(caught.value).splitlines()) == 1
+    assert (project.target(), project.everything_stored(but="nothing")) == (target, stored)
+
+
+def test_a_column_that_goes_after_the_snapshot_is_not_missed(project: Project) -> None:
+    project.put(1, "apple")
+    run = project.take()
+    project.execute("ALTER TABLE notes RENAME COLUMN body TO moved")
+
+    project.finish(run)
+
+    assert project.target()[1].tags == ["fruit"]
 
 
 # Times
