@@ -1,6 +1,6 @@
-"""Large tables of PostgreSQL: what snapshot and load take beside a bare COPY of the same rows by psql.
+r"""Large tables of PostgreSQL: what snapshot and load take beside a bare COPY of the same rows by psql.
 
-The baselines are `\\copy (SELECT id, title, body FROM texts) TO` a local file, and `\\copy` of the rows that the first
+The baselines are `\copy (SELECT id, title, body FROM texts) TO` a local file, and `\copy` of the rows that the first
 load wrote from a local file into a table like the target, with its primary key. The first load writes all rows, the
 second, of a plan that has all texts cached, none. Each step runs in a fresh process, which has its imports before the
 clock starts; between snapshot and load the answers are booked without a call.
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -205,7 +205,6 @@ def main() -> None:
             failed = str(e)
     lines = summarise(rounds, asked.rows) if rounds else []
     if lines:
-        heads = list(lines[0])
         what = f"{asked.rows} rows" + (f" of {asked.cells} characters" if asked.cells else "")
         print(
             table(what, ("", "s", "CPU s", "rows/s", "MB/s", "of COPY", "peak MB"), [list(x.values()) for x in lines])

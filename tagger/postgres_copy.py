@@ -3,9 +3,10 @@
 It takes a fraction of what rows do that are Python objects one by one, and memory for one batch of them.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import sqlalchemy as sa
+
+from tagger.runs import IdType
+
+T = TypeVar("T")
 
 _HEADER_BYTES = 19
 """Signature, flags and extension before the first row of a binary COPY."""
@@ -26,15 +31,17 @@ NOT_BLANK = r"[^\t-\r\x1c-\x20\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{20
 
 
 def copied_out(
-    connection: sa.Connection, query: sa.Select[Any], *, integers: bool, rows: int, size: int
-) -> Iterator[tuple[pa.Array, list[pa.Array]]]:
+    connection: sa.Connection, query: sa.Select[Any], ids: IdType, *, rows: int, size: int
+) -> Generator[tuple[pa.Array, list[pa.Array]], None, None]:
     """Yield a query's first column, its ids, and the others, which are texts, in batches.
 
-    A batch has up to `rows` rows, and ends with the row with which it has `size` bytes: one longer row is a batch. The
-    ids are int64 if they are `integers`, else they are read as texts too.
+    A batch has up to `rows` rows, and ends with the row with which it has `size` bytes, be that row longer. Integer ids
+    are int64, the others texts too.
     """
     id_column, *texts = query.selected_columns
-    wanted = query.with_only_columns(sa.cast(id_column, sa.BigInteger if integers else sa.Text), *texts)
+    if ids != "text":
+        id_column = sa.cast(id_column, sa.BigInteger if ids == "integer" else sa.Text)
+    wanted = query.with_only_columns(id_column, *texts)
     compiled = wanted.compile(dialect=connection.dialect)
     with _errors(connection), _driver(connection).cursor() as cursor:
         cursor.execute("SET client_encoding TO 'UTF8'")
@@ -44,10 +51,10 @@ def copied_out(
                 data += row
                 sizes.append(len(row))
                 if len(data) >= size or len(sizes) >= rows:
-                    yield _columns(data, sizes, integers)
+                    yield _columns(data, sizes, ids)
                     data, sizes = bytearray(), []
             if sizes:
-                yield _columns(data, sizes, integers)
+                yield _columns(data, sizes, ids)
 
 
 def _rows(copy: psycopg.Copy) -> Iterator[bytes | bytearray | memoryview]:
@@ -69,20 +76,20 @@ def _rows(copy: psycopg.Copy) -> Iterator[bytes | bytearray | memoryview]:
     copy.read()  # ends it
 
 
-def _columns(data: bytearray, sizes: list[int], integers: bool) -> tuple[pa.Array, list[pa.Array]]:
+def _columns(data: bytearray, sizes: list[int], ids: IdType) -> tuple[pa.Array, list[pa.Array]]:
     """Return the columns of rows as a binary COPY has them; `sizes` are those of the rows.
 
     A row is the number of its fields (2 bytes), and for each field its length (4 bytes; -1: NULL) and its content.
     """
     raw = np.frombuffer(data, np.uint8)
-    ends = np.cumsum(np.array(sizes))
-    at = ends - sizes + 2
-    ids, at = _field(raw, at, pa.int64() if integers else pa.string())
+    of_rows = np.array(sizes, np.int64)
+    at: npt.NDArray[np.int64] = np.cumsum(of_rows) - of_rows + 2
+    row_ids, at = _field(raw, at, pa.int64() if ids == "integer" else pa.string())
     texts = []
     for _ in range(int.from_bytes(data[:2], "big") - 1):
         text, at = _field(raw, at, pa.string())
         texts.append(text)
-    return ids, texts
+    return row_ids, texts
 
 
 def _field(
@@ -115,15 +122,28 @@ def copy_in(connection: sa.Connection, table: sa.Table, names: list[str], batche
     """Append rows to a table, whose columns `names` are those of the batches; return how many."""
     prepare = connection.dialect.identifier_preparer
     into = f"{prepare.format_table(table)} ({', '.join(map(prepare.quote, names))})"
-    options = pyarrow.csv.WriteOptions(include_header=False)
     with _errors(connection), _driver(connection).cursor() as cursor:
         cursor.execute("SET client_encoding TO 'UTF8'")
         with cursor.copy(f"COPY {into} FROM STDIN (FORMAT csv)".encode()) as copy:
-            for batch in batches:
-                lines = pa.BufferOutputStream()
-                pyarrow.csv.write_csv(batch, lines, options)
-                copy.write(memoryview(lines.getvalue()))
+            for lines in ahead(_lines(batches)):
+                copy.write(lines)
         return cursor.rowcount
+
+
+def _lines(batches: Iterable[pa.Table]) -> Generator[memoryview, None, None]:
+    for batch in batches:
+        lines = pa.BufferOutputStream()
+        pyarrow.csv.write_csv(batch, lines, pyarrow.csv.WriteOptions(include_header=False))
+        yield memoryview(lines.getvalue())
+
+
+def ahead(items: Generator[T, None, None]) -> Iterator[T]:
+    """Yield the items, each of which a thread makes while the one before it is used."""
+    with closing(items), ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _driver(connection: sa.Connection) -> psycopg.Connection[Any]:

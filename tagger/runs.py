@@ -308,8 +308,11 @@ def shard_path(run: Run, plan_id: str, shard: int) -> str:
 class ParquetFile:
     """A Parquet file in storage, written batch by batch through a local temporary file."""
 
-    def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+    def __init__(self, file: Path, schema: pa.Schema, compression: str) -> None:
+        # no column has so few values that a dictionary of them would pay
+        self._writer = pq.ParquetWriter(
+            file, schema, compression=compression, use_dictionary=False, write_statistics=False
+        )
         self._schema = schema
 
     def write(self, columns: dict[str, Any]) -> None:
@@ -322,11 +325,11 @@ class ParquetFile:
 
 
 @contextmanager
-def writing_parquet(storage: Storage, path: str, schema: pa.Schema) -> Iterator[ParquetFile]:
+def writing_parquet(storage: Storage, path: str, schema: pa.Schema, compression: str = "zstd") -> Iterator[ParquetFile]:
     """Write a Parquet object in bounded memory; it appears when the block ends without an error, whole."""
     with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
         file = Path(folder, "file")
-        parquet = ParquetFile(file, schema)
+        parquet = ParquetFile(file, schema, compression)
         try:
             yield parquet
         finally:

@@ -13,11 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from demo.postgresql import PostgreSQL
-from tagger.exceptions import InputError, TaggerError
 from tagger.postgres_copy import copied_out, copy_in, joined
-from tagger.runs import Run, read_parquet
 from tagger.snapshot import SourceTable
-
 from tagger.window import Selection
 from tests.databases import make_project
 from tests.project import Project
@@ -70,7 +67,7 @@ def python_join(texts: list[str | None]) -> str:
     return "\n\n".join(text for text in texts if text is not None and text.strip())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), TEXTS, TEXTS, TEXTS), max_size=12),
     batch=st.integers(1, 5),
@@ -92,7 +89,7 @@ def test_rows_go_in_and_come_out_as_they_are(
         query = sa.select(table).order_by(table.c.id)
         assert sorted(map(repr, connection.execute(query))) == sorted(map(repr, rows))
         found: list[tuple[Any, ...]] = []
-        for ids, texts in copied_out(connection, query, integers=True, rows=batch, size=size):
+        for ids, texts in copied_out(connection, query, "integer", rows=batch, size=size):
             assert len(ids) <= batch
             found += zip(ids.to_pylist(), *(text.to_pylist() for text in texts), joined(texts).to_pylist(), strict=True)
     assert sorted(map(repr, found)) == sorted(repr((*row, python_join(list(row[1:])))) for row in rows)
@@ -102,3 +99,94 @@ def test_blank_is_what_python_strips() -> None:
     every = [chr(number) for number in range(1, 0x110000) if not 0xD800 <= number < 0xE000]
 
     assert joined([pa.array(every)]).to_pylist() == [character if character.strip() else "" for character in every]
+
+
+@pytest.mark.parametrize(
+    ("declared", "values"),
+    [
+        ("TEXT", ["a", "林檎\n", '"', "\\."]),
+        ("CHAR(3)", ["a", "bb"]),
+        ("UUID", ["8D8AC610-566D-4EF0-9C22-186B2A5ED793", "00000000-0000-0000-0000-000000000001"]),
+        ("SMALLINT", ["-3", "7"]),
+    ],
+)
+def test_both_ways_read_the_same_rows(project: Project, declared: str, values: list[str]) -> None:
+    project.execute("DROP TABLE notes")
+    project.execute(f"CREATE TABLE notes (id {declared}, title CHAR(3), body JSONB, kind VARCHAR(5))")
+    for value in values:
+        project.execute(f"""INSERT INTO notes VALUES (CAST('{value}' AS {declared}), 'x', '{{"a": "林檎"}}', NULL)""")
+    project.change(source={"text_columns": ["title", "body", "kind"]})
+    with project.engine.connect() as connection:
+        source = SourceTable(connection, project.dataset)
+        query = source._query
+
+        copied = list(source._copied(query, set(), set()))
+        selected = list(source._selected(query, set(), set()))
+
+    assert [ids.to_pylist() for ids, _ in copied] == [list(ids) for ids, _ in selected]
+    assert [texts.to_pylist() for _, texts in copied] == [list(texts) for _, texts in selected]
+    assert len(copied[0][0]) == len(values)
+
+
+def test_a_database_of_another_encoding(postgresql: PostgreSQL) -> None:
+    name = f"test_{uuid.uuid4().hex}"
+    with sa.create_engine(postgresql.url, isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} ENCODING 'EUC_JP' TEMPLATE template0")
+    engine = sa.create_engine(postgresql.url.rpartition("/")[0] + f"/{name}", poolclass=sa.NullPool)
+    table = table_of(sa.BigInteger, "a")
+    with engine.connect() as connection:
+        table.create(connection)
+        copy_in(connection, table, ["id", "a"], [pa.table({"id": [1], "a": ["林檎 and ｶﾅ"]})])
+
+        [(ids, [texts])] = copied_out(connection, sa.select(table), "integer", rows=9, size=9)
+
+    assert (ids.to_pylist(), texts.to_pylist()) == ([1], ["林檎 and ｶﾅ"])
+
+
+def test_a_cell_of_100_mb_is_a_batch_of_its_own(engine: sa.Engine) -> None:
+    series = sa.func.generate_series(1, 3).table_valued("n").render_derived()
+    text = sa.case((series.c.n == 2, sa.func.repeat("本文", 17_000_000)), else_="short")
+    with engine.connect() as connection:
+        batches = copied_out(connection, sa.select(series.c.n, text), "integer", rows=100, size=1_000_000)
+        found = [(ids.to_pylist(), joined(texts).cast(pa.large_string())) for ids, texts in batches]
+
+    assert [ids for ids, _ in found] == [[1, 2], [3]]
+    assert found[0][1][1].as_py() == "本文" * 17_000_000
+
+
+def test_an_error_of_the_database_in_the_middle_is_its_own(engine: sa.Engine) -> None:
+    series = sa.func.generate_series(1, 20_000).table_valued("n").render_derived()
+    query = sa.select(series.c.n, sa.cast(10 / (15_000 - series.c.n), sa.Text))
+    with engine.connect() as connection:
+        connection.begin()
+        with pytest.raises(sa.exc.DBAPIError, match="division by zero"):
+            list(copied_out(connection, query, "integer", rows=100, size=100_000))
+        connection.rollback()
+
+        assert connection.execute(sa.text("SELECT 1")).scalar_one() == 1
+
+
+def test_a_copy_that_is_given_up_leaves_the_connection_usable(engine: sa.Engine) -> None:
+    series = sa.func.generate_series(1, 1_000_000).table_valued("n").render_derived()
+    with engine.connect() as connection:
+        connection.begin()
+        rows = copied_out(connection, sa.select(series.c.n, sa.literal("x" * 100)), "integer", rows=10, size=10**6)
+        next(rows)
+        rows.close()
+        connection.rollback()
+
+        assert connection.execute(sa.text("SELECT 1")).scalar_one() == 1
+
+
+def test_a_server_that_goes_away_is_a_lost_connection(engine: sa.Engine) -> None:
+    series = sa.func.generate_series(1, 3_000_000).table_valued("n").render_derived()
+    with engine.connect() as connection, engine.connect() as other:
+        pid = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+        rows = copied_out(connection, sa.select(series.c.n, sa.literal("x" * 100)), "integer", rows=10, size=10**6)
+        next(rows)
+        other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        with pytest.raises(sa.exc.DBAPIError) as caught:
+            list(rows)
+        connection.invalidate()
+
+    assert caught.value.connection_invalidated
