@@ -149,7 +149,7 @@ def test_a_server_of_today_is_taken(version: str) -> None:
 
 def dialect(version: str = "8.0.36") -> Any:
     """Returns SQLAlchemy's dialect as it is after it has met a server of this version."""
-    made = mysql.dialect()  # type: ignore[no-untyped-call]
+    made = mysql.dialect()
     made._parse_server_version(version)
     made._dispatch_for_vendor(made._initialize_mysql, made._initialize_mariadb, None)
     return made
