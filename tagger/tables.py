@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -98,7 +98,7 @@ def connecting(engine: sa.Engine, conn_id: str) -> Iterator[sa.Connection]:
         number, message = server_error(cause) or (None, first_line(cause))
         reason = message if number is None else f"{message} ({number})"
         raise Unreachable(f"connection `{conn_id}`: the database does not answer: {reason}") from None
-    with connection:
+    with _closed_at_the_end(connection):
         if connection.dialect.name == "mysql":
             check_version(connection.dialect, conn_id)
         try:
@@ -116,6 +116,16 @@ def connecting(engine: sa.Engine, conn_id: str) -> Iterator[sa.Connection]:
     raise TaggerError(f"connection `{conn_id}`: the database answered: {reason}")
 
 
+@contextmanager
+def _closed_at_the_end(connection: sa.Connection) -> Iterator[None]:
+    """Close a connection; where that fails, nothing is lost, for what counts is committed."""
+    try:
+        yield
+    finally:
+        with suppress(DBAPIError):
+            connection.close()
+
+
 SPEAKING_STATES = ("08", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58")
 """Classes of PostgreSQL's error codes whose messages name tables, roles and the like, never a row's values."""
 
@@ -123,8 +133,8 @@ SPEAKING_STATES = ("08", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "
 def _reason(error: DBAPIError) -> str:
     """Return a database's error in one line, its message only where that quotes no value of a row."""
     if (of_mysql := server_error(error.orig)) is not None:
-        number, message = of_mysql
-        return f"{message if number in SPEAKING_ERRORS else type(error.orig).__name__} ({number})"
+        number, told = of_mysql
+        return f"{told if number in SPEAKING_ERRORS else type(error.orig).__name__} ({number})"
     state = getattr(error.orig, "sqlstate", None)
     if state is None:
         return first_line(error.orig)
@@ -155,6 +165,8 @@ def reflect(connection: sa.Connection, table: str) -> sa.Table | None:
     except UnreflectableTableError:
         raise InputError(f"table {table} cannot be read: it is a view of tables or columns that are gone") from None
     except DBAPIError as e:
+        if e.connection_invalidated:  # which is no fault of the table's, and may pass
+            raise
         raise InputError(f"table {table} cannot be read: {_reason(e)}") from None
 
 
@@ -188,7 +200,7 @@ def id_type(id_column: sa.Column[Any]) -> IdType:
 
 ID_TYPES: dict[IdType, Any] = {"integer": sa.BigInteger(), "text": TextId(), "uuid": UuidId()}
 
-MYSQL_TABLE = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+MYSQL_TABLE: dict[str, Any] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
 """What our tables are in MySQL whatever the database's defaults: with transactions, and texts compared as they are."""
 
 
