@@ -189,13 +189,13 @@ def _role_credentials(
         }
 
     first = assume()
-    seconds = (datetime.fromisoformat(first["expiry_time"]) - datetime.now(UTC)).total_seconds()
+    seconds = int((datetime.fromisoformat(first["expiry_time"]) - datetime.now(UTC)).total_seconds())
     return RefreshableCredentials.create_from_metadata(
         first,
         refresh_using=assume,
         method=extra.assume_role_method,
-        advisory_timeout=min(RENEWAL_SECONDS, seconds / 2),
-        mandatory_timeout=min(LAST_SECONDS, seconds / 4),
+        advisory_timeout=min(RENEWAL_SECONDS, seconds // 2),
+        mandatory_timeout=min(LAST_SECONDS, seconds // 4),
     )
 
 
@@ -216,7 +216,8 @@ def _session_of(credentials: "RefreshableCredentials") -> "boto3.Session":
     import botocore.session
 
     session = botocore.session.get_session()
-    session._credentials = credentials  # botocore has no public way to give a session credentials that are renewed
+    # botocore has no public way to give a session credentials that are renewed
+    session._credentials = credentials  # type: ignore[attr-defined]
     return boto3.Session(botocore_session=session)
 
 

@@ -84,7 +84,7 @@ class CredentialServer:
     def _next(self) -> dict[str, str]:
         self.given += 1
         key = f"ASIA{self.given}"
-        expires = datetime.now(UTC) + self.life
+        expires = datetime.now(UTC) + self.life + timedelta(seconds=1)  # to the second, as AWS tells it
         return {
             "AccessKeyId": key,
             "SecretAccessKey": f"secret-of-{key}",
