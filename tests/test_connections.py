@@ -61,6 +61,8 @@ URIS: dict[str, str] = {
     "postgres, slash at the end": "postgres://db.example.com/",
     "postgres, several options": "postgres://db.example.com/tagger?sslmode=require&connect_timeout=5&options=-c%20x%3D1",
     "postgres, option without a value": "postgres://db.example.com/tagger?application_name=",
+    "mysql": "mysql://user:secret-one@db.example.com:3306/press?charset=utf8mb4&ssl_mode=VERIFY_IDENTITY",
+    "mysql, ssl as text": "mysql://user:secret-one@db.example.com/press?ssl=" + quote('{"ca": "/etc/ca.pem"}'),
     "sqlite, host": "sqlite://%2Fsrv%2Fdata%2Fsource.db",
     "sqlite, host with capitals and blanks": "sqlite://%2Fsrv%2FMy%20Data%2Fsource%231.db",
     "sqlite, host with %3A": "sqlite://%2Fsrv%2Fa%3Ab.db",
