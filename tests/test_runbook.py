@@ -31,6 +31,7 @@ from tests.commands import Block, aws_s3, blocks, redis_cli
 from tests.databases import shared_client, teach
 from tests.project import merged
 from tests.servers import RedisServer
+from tests.test_clean import OLD, put_run, put_specs
 from tests.test_cli import Shell, closed_s3, missing_file, script_at_work, shell  # noqa: F401 - a fixture
 
 BLOCKS = [block for block in blocks("runbook.md") if not block.wants_airflow]
@@ -491,3 +492,36 @@ def a_file_in_the_bucket_is_damaged(on_call: OnCall) -> Generator[None, str, Non
     on_call.set(DAMAGED=f"{on_call.shell.project.dataset.storage}/{path}")
     yield
     assert on_call.statuses == {1: "tagged", 2: "tagged"}
+
+
+@of("The bucket grows")
+def the_bucket_grows(on_call: OnCall) -> Generator[None, str, None]:
+    project = on_call.shell.project
+    old, new = put_specs(on_call.shell)
+    put_run(project, "old", OLD)
+    on_call.content = project.content
+    seen = yield
+    assert "retention: snapshots, which hold texts, are kept for ever, runs for ever" in seen
+    assert f"spec {old}: 2 records" in seen
+    assert "used by no dataset file" in seen
+    on_call.set(SPEC=old)
+    on_call.edit()
+    yield
+    storage = project.open("any").storage
+    assert list(storage.list("snapshots/notes/old/")) == []
+    assert {path.split("/")[1] for path, _ in storage.list("cache/")} == {new}
+    assert len(list(storage.list("snapshots/notes/second/"))) > 0
+
+
+@of("A person asks for erasure")
+def a_person_asks_for_erasure(on_call: OnCall) -> Generator[None, str, None]:
+    assert on_call.shell.run("run", "notes") == 0
+    on_call.shell.project.execute("DELETE FROM notes WHERE id = 1")
+    on_call.set(ID="1")
+    seen = yield
+    assert "target: 1 row" in seen
+    assert "cache: 1 record" in seen
+    assert sorted(on_call.statuses) == [1, 2]
+    yield
+    assert on_call.shell.out.splitlines() == ["notes: row 1", "  nothing is left"]
+    assert sorted(on_call.statuses) == [2]
