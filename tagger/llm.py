@@ -375,11 +375,9 @@ def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
     """
     try:
         choice = completion.choices[0]
-        finish: str = choice.finish_reason or "unknown"
+        finish = choice.finish_reason if _is_plain(choice.finish_reason) else "unknown"
         refusal, content = choice.message.refusal, choice.message.content
-        model: str = completion.model or dataset.llm.model
-        if not is_name(model) or not _is_plain(finish):
-            raise TypeError
+        model = completion.model if is_name(completion.model) else dataset.llm.model
     except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses
         raise BadAnswer("no message") from None
     reason = None

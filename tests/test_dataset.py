@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tempfile
+import time
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -481,6 +482,55 @@ NOT_JSON: dict[str, Any] = {
 @pytest.mark.parametrize("params", NOT_JSON.values(), ids=NOT_JSON.keys())
 def test_request_parameters_that_are_not_json_are_a_mistake(params: dict[str, Any]) -> None:
     assert "notes.yaml: `llm.params" in mistakes(minimal({"llm": {"params": params}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"tags": [{"id": "a", "description": "\ud800"}]}, "tags[0].description"),
+        ({"llm": {"model": "\ud800"}}, "llm.model"),
+        ({"llm": {"model": "m", "pool": "\ud800"}}, "llm.pool"),
+        ({"source": {"text_columns": ["\ud800"]}}, "source.text_columns[0]"),
+        ({"schedule": "\ud800"}, "schedule"),
+        ({"llm": {"model": "a\nb"}}, "llm.model"),
+        ({"llm": {"model": "m", "requests_per_minute": 10**400}}, "llm.requests_per_minute"),
+        ({"revision": 10**16}, "revision"),
+        ({"revision": "9" * 4000}, "revision"),
+        ({"llm": {"model": "m", "price": {"input": 1e300, "output": 1}}}, "llm.price.input"),
+    ],
+)
+def test_values_that_nothing_can_be_computed_or_sent_with_are_mistakes(changes: dict[str, Any], key: str) -> None:
+    [message] = mistakes(minimal(changes)).splitlines()
+
+    assert message.startswith(f"notes.yaml: `{key}`: found ")
+    assert message.isprintable()
+
+
+def test_aliases_that_make_a_file_endless_are_a_mistake(tmp_path: Path) -> None:
+    levels = ", ".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 20)}]" for n in range(1, 12))
+    content = f"{MINIMAL}retention: {{x0: &x0 [ha, ha], {levels}}}\n"
+
+    assert "aliases that make the file too large" in loading_fails(write(tmp_path, content))
+    with pytest.raises(InputError, match="no dataset `another`"):
+        find_dataset("another", tmp_path)
+
+
+def test_a_file_of_more_than_a_million_characters_is_a_mistake(tmp_path: Path) -> None:
+    assert "found more than 1,000,000 characters" in loading_fails(write(tmp_path, MINIMAL + "#" * 1_000_000))
+
+
+def test_ten_thousand_tags_are_counted_before_they_are_compared() -> None:
+    clock = time.process_time()
+
+    assert "at most 1000 tags" in mistakes(minimal({"tags": [{"id": f"t{n}"} for n in range(10_000)]}))
+    assert time.process_time() - clock < 5
+
+
+def test_a_key_that_is_a_text_stays_one_line() -> None:
+    message = mistakes(minimal({"a\nb\x1b" + "c" * 5000: 1}))
+
+    assert message.isprintable()
+    assert len(message) < 2000
 
 
 def test_prompt_that_cannot_be_encoded_is_a_mistake(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def test_a_retry_after_in_the_past_is_no_pause(asker: Asker, llm: StandIn, heade
 
 
 @pytest.mark.parametrize("status", BUSY)
-@pytest.mark.parametrize("header", ["soon", "nan"])
+@pytest.mark.parametrize("header", ["soon", "nan", "Mon, 01 Jan 0001 00:00:00"])
 def test_a_retry_after_that_says_nothing_is_passed_over(asker: Asker, llm: StandIn, header: str, status: int) -> None:
     llm.script(busy(status, header), GOOD)
 
@@ -646,6 +646,7 @@ NO_COMPLETIONS = {
     "message null": with_choice({"index": 0, "finish_reason": "stop", "message": None}),
     "message a string": with_choice({"index": 0, "finish_reason": "stop", "message": "animal"}),
     "empty message": with_choice({"index": 0, "finish_reason": "stop", "message": {}}),
+    "deeply nested": Reply(body=b'{"choices":' * 50_000),
     "content a list": with_choice({"index": 0, "finish_reason": "stop", "message": {**MESSAGE, "content": [1]}}),
     "content a number": with_choice({"index": 0, "finish_reason": "stop", "message": {**MESSAGE, "content": 1}}),
 }
@@ -678,6 +679,15 @@ def test_an_answer_with_less_than_openai_sends_is_taken(asker: Asker, llm: Stand
     assert asker.ask().tags == ["animal"]
 
 
+@pytest.mark.parametrize("word", ["a\x00b", "\ud800", "x" * 5000, ["stop"], 7])
+def test_words_that_no_table_takes_are_not_recorded(asker: Asker, llm: StandIn, word: Any) -> None:
+    llm.script(with_body(model=word, choices=[{"index": 0, "finish_reason": word, "message": MESSAGE}]))
+
+    answer = asker.ask()
+
+    assert (answer.tags, answer.model, answer.finish_reason) == (["animal"], MODEL, "unknown")
+
+
 @pytest.mark.parametrize(
     ("usage", "spent"),
     [
@@ -691,6 +701,10 @@ def test_an_answer_with_less_than_openai_sends_is_taken(asker: Asker, llm: Stand
         ({**token_usage(7, 2), "prompt_tokens_details": {"cached_tokens": None}}, Usage(input=7, output=2)),
         (token_usage(7, 2, 5), Usage(input=7, cached_input=5, output=2)),
         ("unknown", Usage()),
+        ({"prompt_tokens": -5, "completion_tokens": 2}, Usage()),
+        ({"prompt_tokens": 10**30, "completion_tokens": 2}, Usage()),
+        ({"prompt_tokens": 1e308, "completion_tokens": float("nan")}, Usage()),
+        (token_usage(7, 2, 50), Usage(input=7, cached_input=7, output=2)),
     ],
 )
 def test_the_usage_is_taken_as_far_as_it_is_told(asker: Asker, llm: StandIn, usage: Any, spent: Usage) -> None:

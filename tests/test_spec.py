@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import unicodedata
 from typing import Any
 
@@ -297,6 +298,30 @@ def test_freezing_keeps_the_spec_of_any_dataset(description: str, params: dict[s
 
 texts = st.text(st.characters(), max_size=40)  # all of Unicode, surrogates included
 blanks = st.text(" \t\r\n\u3000\u00a0\u2003\u2028\x0b\x0c", max_size=3)
+
+
+MARKS = [chr(c) for c in range(0x20000) if unicodedata.combining(unicodedata.normalize("NFKD", chr(c))[0])]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "a", "é", "か", "ﾊ", "\uac00", "x" * 300]), st.lists(st.sampled_from(MARKS))),
+        max_size=3,
+    ),
+    st.integers(1, 400),
+)
+def test_many_marks_in_a_row_have_the_same_normal_form(parts: list[tuple[str, list[str]]], times: int) -> None:
+    text = "".join(start + "".join(marks) * times for start, marks in parts)
+
+    assert normalise(text) == unicodedata.normalize("NFKC", text).strip()
+
+
+def test_a_megabyte_of_marks_is_normalised_in_seconds() -> None:
+    clock = time.process_time()
+
+    assert len(normalise("a" + "\u0301\u0316" * 500_000)) == 1_000_000
+    assert time.process_time() - clock < 20
 
 
 @given(texts)

@@ -248,4 +248,4 @@ wholes = st.builds(
     st.sampled_from(("sqlite", "sqlite", "postgresql")),
 )
 
-TARGET = Target("whole-runs", wholes, check, share=200, round_size=10, shrinks=False)
+TARGET = Target("whole-runs", wholes, check, share=60, round_size=5, shrinks=False)
