@@ -15,7 +15,7 @@ from tagger.exceptions import StorageError
 from tagger.runs import utc_now
 from tagger.spend import RunFiles
 from tagger.storage import Storage, Version
-from tagger.stored_runs import Held, StoredRun, as_written, stored_runs
+from tagger.stored_runs import REWRITTEN, Held, StoredRun, as_written, stored_runs
 
 
 @dataclass
@@ -138,7 +138,10 @@ def _clean(stored: StoredRun, wholly: bool, gone: Held) -> None:
     _delete(run.storage, texts, gone)
     if wholly and books.keep():
         for_good = (books.summary, *books.cleaned.values())
-        _delete(run.storage, [version for version in files if version not in for_good], gone)
+        old = [version for version in files if version not in for_good]
+        last = [version for version in old if version.path.endswith(f"/{REWRITTEN}")]  # it tells how old the others are
+        _delete(run.storage, [version for version in old if version not in last], gone)
+        _delete(run.storage, last, gone)
 
 
 def _delete(storage: Storage, versions: list[Version], gone: Held) -> None:

@@ -33,7 +33,7 @@ from tagger.runs import TRIAL, Run
 from tagger.spec import spec_id
 from tagger.spend import spent_usd
 from tagger.storage import Storage
-from tagger.stored_runs import active_runs
+from tagger.stored_runs import active_runs, keep_age, stored_runs
 from tagger.stored_specs import check_removable, stored_specs
 from tagger.tag import tag
 from tests.databases import make_project, watch
@@ -284,6 +284,8 @@ class Past:
     kind: str
     has_batch: bool
     has_texts: bool
+    is_rewritten: bool
+    """Whether `tagger forget` wrote some of its objects again."""
 
 
 ages = st.sampled_from([0, 1, 25, 27]) | st.integers(24, 430 * 24) | st.sampled_from([d * 24 + 1 for d in (2, 14, 400)])
@@ -294,6 +296,7 @@ pasts = st.builds(
     kind=st.sampled_from(["summed up", "summed up", "killed", "trial"]),
     has_batch=st.sampled_from([False, False, False, True]),
     has_texts=st.booleans(),
+    is_rewritten=st.booleans(),
 )
 retentions = st.sampled_from([("14d", "400d"), ("14d", "14d"), ("2d", None), (None, "30d"), (None, None)])
 names = (f"notes_{number}" for number in count())
@@ -325,6 +328,16 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, storage: Storage, at: int) -> Ite
             storage._client.meta.events.unregister("provide-client-params.s3", unique_id="die")
 
 
+def rewrite(run: Run) -> None:
+    """Write some of a run's objects again, as `tagger forget` does."""
+    [stored] = [stored for stored in stored_runs(run.storage, run.dataset_name) if stored.run.run_id == run.run_id]
+    there = [path for prefix in (run.files, run.texts) for path, _ in run.storage.list(prefix)]
+    again = {path for path in there if re.search(r"/(rows|shard)-", path)}
+    keep_age(stored, again)
+    for path in again:
+        run.storage.put(path, run.storage.get(path) or b"")
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(pasts, max_size=4), retentions, st.integers(0, 40))
 def test_exactly_what_is_past_its_age_goes_and_what_it_did_and_cost_stays_wherever_that_is_killed(
@@ -342,6 +355,8 @@ def test_exactly_what_is_past_its_age_goes_and_what_it_did_and_cost_stays_wherev
         run = put_run(project, run_id, past.age, *past.costs, summed_up=past.kind == "summed up", texts=past.has_texts)
         if past.has_batch:
             put_batch(run, spec=project.dataset.dataset)
+        if past.is_rewritten:
+            rewrite(run)
         files, texts = paths(project, run.files), paths(project, run.texts)
         snapshots[run.texts] = texts
         if limits.runs is not None and past.age > limits.runs and not past.has_batch:
