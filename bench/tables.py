@@ -59,7 +59,12 @@ class Bench:
         url = s3.url if isinstance(s3, S3Endpoint) else s3.endpoint
         env = environment(url, "http://127.0.0.1:1/v1", folder, keys)
         self._env = env | {"AIRFLOW_CONN_SOURCE": server.airflow_uri}
-        source = {"conn_id": "source", "table": "texts", "id_column": "id", "text_columns": ["title", "body"]}
+        source: dict[str, Any] = {
+            "conn_id": "source",
+            "table": "texts",
+            "id_column": "id",
+            "text_columns": ["title", "body"],
+        }
         source |= {"max_chars": 10 * max(cell, 10_000)}
         self._content = dataset("tables", in_flight=1, source=source)
         self._fill(cell)

@@ -1,24 +1,25 @@
-"""What became of a plan's new texts, and so of its rows, as Arrow columns: tens of millions must fit into memory."""
+"""What became of a plan's new texts, and so of its rows, by columns: tens of millions must fit into memory."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tagger.batches import Batches
 from tagger.cache import Cache, Record
+from tagger.keys import KEYS_A_PART, Digests, Keys, digests
 from tagger.ledger import latest_rows, read_attempts
-from tagger.runs import TOO_LONG, Plan, Run, new_keys_path, opened_parquet
+from tagger.runs import TOO_LONG, Plan, Run, new_keys_path, read_parquet
 
 RECORDS_A_READ = 5000
 """Cached records fetched at once: what bounds the memory where many are needed."""
 
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()),
         ("status", pa.string()),
         ("answered", pa.bool_()),  # by a record, which the columns below tell of
         ("error", pa.string()),
@@ -29,149 +30,167 @@ SCHEMA = pa.schema(
     ]
 )
 
-SKIPPED = "not asked yet; the next run asks"
-PENDING = "in a batch that has not ended; a later run takes its answer"
-DAMAGED = "the cache record was damaged; the next run tags the text again"
+
+NEW_KEYS = pa.schema([("key", pa.string())])
+"""What any plan's file of new texts has."""
 
 
 class Answer(NamedTuple):
     """What a text came to, by the columns of `SCHEMA`."""
 
     status: str
-    answered: bool
-    error: str | None
-    tags: list[str] | None
-    model: str | None
-    tagged_at: datetime | None
-    confidence: float | None
+    answered: bool = False
+    error: str | None = None
+    tags: list[str] | None = None
+    model: str | None = None
+    tagged_at: datetime | None = None
+    confidence: float | None = None
     """None where the LLM was not asked how sure it is, or gave no tag."""
+
+
+SKIPPED = Answer("skipped", error="not asked yet; the next run asks")
+DEFERRED = Answer("deferred")
+"""Left to a later run by the plan: the row stays as it is."""
+PENDING = Answer("pending", error="in a batch that has not ended; a later run takes its answer")
+DAMAGED = Answer("failed", error="the cache record was damaged; the next run tags the text again")
+
+_SAME = (SKIPPED, DEFERRED, PENDING)
+"""Answers that many texts may have."""
 
 
 def of_record(record: Record | None) -> Answer:
     """Return the answer that the cache holds; None stands for a record that is damaged or gone."""
     if record is None:
-        return Answer("failed", False, DAMAGED, None, None, None, None)
+        return DAMAGED
     tags = record.tags if record.status == "tagged" else None
     sure = min(record.confidence or (), default=None)
     return Answer(record.status, True, record.reason, tags, record.model, record.created_at, sure)
 
 
-def read_answers(run: Run, planned: Plan, cache: Cache) -> pa.Table:
-    """Return what became of the plan's new texts, by `SCHEMA`: by the attempts' books, and by the cache for the rest.
+class Answers:
+    """What became of a plan's new texts."""
 
-    The rows of `deferred` texts are left as they are, to a later run.
-    """
-    with opened_parquet(run.storage, new_keys_path(run, planned.plan_id)) as file:
-        new = file.read()
-    keys = new.column("key")
-    attempts = [attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id]
-    answers = _of_outcomes(keys, latest_rows(attempts))
-    if "deferred" in new.column_names:  # plans of before there were rollouts have no such column
-        deferred = new.column("deferred")
-        answers = _where(deferred, answers, status="deferred", error=None)
-    unanswered = pc.invert(answers.column("answered"))
-    answers = _from_cache(answers, cache, keys.filter(unanswered).to_pylist())
+    def __init__(self, new: Keys, deferred: Keys) -> None:
+        """Take all of the `new` texts as skipped, but for those that are `deferred`."""
+        self._new = new
+        self._rows = _table(_SAME)
+        self._at = np.where(deferred.holds(new.digests), _SAME.index(DEFERRED), _SAME.index(SKIPPED)).astype(np.int32)
+        """The row of each text."""
+
+    @property
+    def unanswered(self) -> Keys:
+        """The texts that no record answers."""
+        return self._new.where(~self._rows.column("answered").to_numpy()[self._at])
+
+    def add(self, keys: pa.Array, rows: pa.Table) -> None:
+        """Set the answers, by `SCHEMA`, to the texts with these keys; those of other texts are left out."""
+        places = self._new.places(keys)
+        of_new = np.flatnonzero(places >= 0)
+        self._at[places[of_new]] = len(self._rows) + of_new
+        self._rows = pa.concat_tables([self._rows, rows])
+
+    def wait_for(self, pending: Keys) -> None:
+        """Set those of some texts that no record answers to be pending."""
+        self._at[(self.unanswered & pending).holds(self._new.digests)] = _SAME.index(PENDING)
+
+    def count(self) -> dict[str, int]:
+        """Return the number of texts by status; those that are deferred are not asked either."""
+        texts = np.bincount(self._at, minlength=len(self._rows))
+        status = self._rows.column("status")
+        names = ("tagged", "refused", "failed", "skipped", "pending", "deferred")
+        counts = {name: int(texts[pc.equal(status, name).to_numpy()].sum()) for name in names}
+        counts["skipped"] += counts.pop("deferred")
+        return counts
+
+    def staged(self, rows: pa.RecordBatch, max_chars: int) -> pa.Table:
+        """Return rows of the plan with what their texts came to: `row_id`, `key` and the columns of `SCHEMA`.
+
+        A text that was not new is `cached`, a row without a text `blank`.
+        """
+        key, too_long = rows.column("key"), rows.column("too_long")
+        places = self._new.places(pc.if_else(too_long, None, key))
+        is_new = places >= 0
+        at = np.zeros(len(places), np.int32)
+        at[is_new] = self._at[places[is_new]]
+        known = self._rows.take(pa.array(at, mask=~is_new))
+        blank = pc.is_null(key)
+        status = pc.if_else(too_long, "refused", pc.fill_null(known.column("status"), "cached"))
+        columns = {
+            "row_id": rows.column("id"),
+            "key": key,
+            **dict(zip(known.column_names, known.columns, strict=True)),
+            "status": pc.if_else(blank, "blank", status),
+            "answered": pc.and_(pc.invert(pc.or_(blank, too_long)), pc.fill_null(known.column("answered"), True)),
+            "error": pc.if_else(too_long, f"{TOO_LONG}: over {max_chars} characters", known.column("error")),
+        }
+        return pa.table(columns)
+
+
+def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
+    """Return what became of the plan's new texts: by the attempts' books, and by the cache for the rest."""
+    new, deferred = list[Digests](), list[Digests]()
+    for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id), NEW_KEYS, batch_size=KEYS_A_PART):
+        keys = digests(batch.column("key").to_pylist())
+        new.append(keys)
+        if "deferred" in batch.schema.names:  # plans of before there were rollouts have no such column
+            deferred.append(keys[batch.column("deferred").to_numpy(zero_copy_only=False)])
+    answers = Answers(Keys(*new), Keys(*deferred))
+    latest = latest_rows([attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id])
+    ended = latest.filter(pc.not_equal(latest.column("status"), "asked"))
+    if cache.tags is not None:
+        ended = ended.filter(pc.invert(_hold_others(ended.column("tags").combine_chunks(), cache.tags)))
+    answers.add(ended.column("key").combine_chunks(), _of_outcomes(ended))
+    unanswered = answers.unanswered
+    for part in (unanswered - cache.missing(unanswered)).parts(RECORDS_A_READ):
+        records = cache.read_many(part)
+        answers.add(pa.array(records, pa.string()), _table(map(of_record, records.values())))
     batches = Batches(run.storage, planned.spec_id)
-    pending = pa.array(batches.keys(batches.unfinished()), pa.string())
-    waits = pc.and_(pc.is_in(answers.column("key"), pending), pc.invert(answers.column("answered")))
-    return _where(waits, answers, status="pending", error=PENDING)
+    answers.wait_for(Keys.of(batches.keys(batches.unfinished())))
+    return answers
 
 
-def _of_outcomes(keys: pa.ChunkedArray, latest: pa.Table) -> pa.Table:
-    """Return the answers of the texts with these keys; one without an outcome is `skipped`."""
-    rows = latest.take(pc.index_in(keys, latest.column("key")))
-    status = rows.column("status")
-    answered = pc.is_in(status, pa.array(["tagged", "refused"]))
-    failed = pc.fill_null(pc.equal(status, "failed"), False)
-    of_failure = pc.binary_join_element_wise(rows.column("kind"), rows.column("error"), ": ")
+def _of_outcomes(rows: pa.Table) -> pa.Table:
+    """Return the answers that the attempts' books tell of."""
+    status, kind = rows.column("status"), rows.column("kind")
+    failed = pc.equal(status, "failed")
     columns = [
-        keys,
-        pc.if_else(pc.or_(answered, failed), status, "skipped"),
-        answered,
-        pc.if_else(answered, rows.column("kind"), pc.if_else(failed, of_failure, SKIPPED)),
-        pc.if_else(pc.fill_null(pc.equal(status, "tagged"), False), as_json(rows.column("tags")), None),
+        status,
+        pc.invert(failed),
+        pc.if_else(failed, pc.binary_join_element_wise(kind, rows.column("error"), ": "), kind),
+        pc.if_else(pc.equal(status, "tagged"), _as_json(rows.column("tags").combine_chunks()), None),
         rows.column("model"),
         rows.column("answered_at"),
-        _least(rows.column("confidence")),
+        _least(rows.column("confidence").combine_chunks()),
     ]
     return pa.table(columns, schema=SCHEMA)
 
 
-def as_json(lists: pa.ChunkedArray) -> pa.Array:
-    """Return lists of a few distinct texts as JSON arrays."""
-    array = lists.combine_chunks()
-    texts = array.flatten().dictionary_encode()
+def _hold_others(lists: pa.ListArray, tags: Collection[str]) -> pa.Array:
+    """Return which of some lists hold anything but these tags: somebody changed the file."""
+    others = pc.invert(pc.is_in(lists.flatten(), pa.array(list(tags), pa.string())))
+    return pc.is_in(pa.array(np.arange(len(lists))), pc.list_parent_indices(lists).filter(others))
+
+
+def _as_json(lists: pa.ListArray) -> pa.Array:
+    """Return lists of texts, few of which are distinct, as JSON."""
+    texts = lists.flatten().dictionary_encode()
     quoted = pa.array([json.dumps(text, ensure_ascii=False) for text in texts.dictionary.to_pylist()], pa.string())
-    sizes = pc.fill_null(pc.list_value_length(array), 0)
-    bounds = pa.concat_arrays([pa.array([0], pa.int32()), pc.cumulative_sum(sizes)])
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), dtype=np.int32)
+    bounds = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
     joined = pc.binary_join(pa.ListArray.from_arrays(bounds, quoted.take(texts.indices)), ", ")
-    return pc.if_else(pc.is_valid(array), pc.binary_join_element_wise("[", joined, "]", ""), None)
+    return pc.if_else(pc.is_valid(lists), pc.binary_join_element_wise("[", joined, "]", ""), None)
 
 
-def _least(lists: pa.ChunkedArray) -> pa.Array:
+def _least(lists: pa.ListArray) -> pa.Array:
     """Return the least number of each list, NULL where it has none."""
-    array = lists.combine_chunks()
-    numbers = pa.table({"row": pc.list_parent_indices(array), "number": array.flatten()})
-    least = numbers.group_by("row").aggregate([("number", "min")])
-    rows = pa.array(range(len(array)) if least.num_rows else [], pa.int64())
-    if not least.num_rows:
-        return pa.nulls(len(array), pa.float64())
-    return least.column("number_min").take(pc.index_in(rows, least.column("row"))).combine_chunks()
+    numbers = pa.table({"row": pc.list_parent_indices(lists), "number": lists.flatten()})
+    least = numbers.group_by("row").aggregate([("number", "min")]).combine_chunks()
+    places = pc.index_in(pa.array(np.arange(len(lists))), least.column("row").combine_chunks())
+    return least.column("number_min").combine_chunks().take(places)
 
 
-def _where(mask: Any, answers: pa.Table, **values: str | None) -> pa.Table:
-    """Set columns of the answers that a mask picks."""
-    for name, value in values.items():
-        changed = pc.if_else(mask, pa.scalar(value, pa.string()), answers.column(name))
-        answers = answers.set_column(answers.column_names.index(name), name, changed)
-    return answers
-
-
-def _from_cache(answers: pa.Table, cache: Cache, unanswered: list[str]) -> pa.Table:
-    """Put what the cache holds in the place of answers that are none."""
-    there = list(cache.find(unanswered))
-    found: list[pa.Table] = []
-    for start in range(0, len(there), RECORDS_A_READ):
-        records = cache.read_many(there[start : start + RECORDS_A_READ])
-        found.append(_table({key: of_record(record) for key, record in records.items()}))
-    if not found:
-        return answers
-    better = pa.concat_tables(found)
-    others = pc.invert(pc.is_in(answers.column("key"), better.column("key").combine_chunks()))
-    return pa.concat_tables([answers.filter(others), better])
-
-
-def _table(answers: Mapping[str, Answer]) -> pa.Table:
-    rows = [
-        {
-            "key": key,
-            **answer._asdict(),
-            "tags": None if answer.tags is None else json.dumps(answer.tags, ensure_ascii=False),
-        }
-        for key, answer in answers.items()
-    ]
+def _table(answers: Iterable[Answer]) -> pa.Table:
+    rows = [answer._asdict() for answer in answers]
+    for row in rows:
+        row["tags"] = None if row["tags"] is None else json.dumps(row["tags"], ensure_ascii=False)
     return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def staged(rows: pa.Table, answers: pa.Table, max_chars: int) -> pa.Table:
-    """Return rows of the plan with what their texts came to: `row_id` and the columns of `SCHEMA`.
-
-    A text that was not new is `cached`, a row without a text `blank`.
-    """
-    key, too_long = rows.column("key"), rows.column("too_long")
-    known = answers.take(pc.index_in(pc.if_else(too_long, None, key), answers.column("key")))
-    blank = pc.is_null(key)
-    status = pc.if_else(blank, "blank", pc.if_else(too_long, "refused", pc.fill_null(known.column("status"), "cached")))
-    no_record = pc.or_(blank, too_long)
-    answered = pc.if_else(no_record, False, pc.fill_null(known.column("answered"), True))
-    refused = pa.scalar(f"{TOO_LONG}: over {max_chars} characters")
-    error = pc.if_else(too_long, refused, known.column("error"))
-    of_record = [known.column(name) for name in ("tags", "model", "tagged_at", "confidence")]
-    return pa.table([rows.column("id"), key, status, answered, error, *of_record], ["row_id", *SCHEMA.names])
-
-
-def count(answers: pa.Table) -> dict[str, int]:
-    """Return the number of texts by status; those that are deferred are not asked either."""
-    counts = {each["values"]: each["counts"] for each in pc.value_counts(answers.column("status")).to_pylist()}
-    counts["skipped"] = counts.get("skipped", 0) + counts.pop("deferred", 0)
-    return {status: counts.get(status, 0) for status in ("tagged", "refused", "failed", "skipped", "pending")}

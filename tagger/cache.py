@@ -18,6 +18,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from tagger.dataset import is_name
 from tagger.exceptions import InputError, StorageError, Unreachable
+from tagger.keys import Keys
 from tagger.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -209,27 +210,23 @@ class Cache:
 
     def find(self, keys: Iterable[str], *, listing: bool = True) -> set[str]:
         """Return which of the keys have a record; without `listing`, by one request for each."""
-        wanted = set(keys)
-        return wanted - self.missing(wanted, listing=listing)
+        wanted = Keys.of(keys)
+        return set(wanted - self.missing(wanted, listing=listing))
 
-    def missing(self, keys: Iterable[str], *, listing: bool = True) -> set[str]:
-        """Return which of the keys have no record, with as few requests as that takes.
-
-        The listing is not kept: beside the keys and a page a thread, only the result takes memory.
-        """
-        missing = set(keys)
+    def missing(self, keys: Keys, *, listing: bool = True) -> Keys:
+        """Return which of the keys have no record, with as few requests as that takes."""
         with ThreadPoolExecutor(_THREADS) as threads:
             if listing and self._is_listing_cheaper(len(keys)):
                 gc.disable()  # the parsers' objects set it off, and it goes through all others: 3/4 of the time
                 try:
-                    list(threads.map(lambda part: missing.difference_update(self._listed(part)), _PARTS))
+                    there = Keys(*threads.map(lambda part: (Keys.of(self._listed(part)) & keys).digests, _PARTS))
                 finally:
                     gc.enable()
             else:
-                ordered = list(missing)
-                there = threads.map(self.exists, ordered)
-                missing.difference_update(key for key, is_there in zip(ordered, there, strict=True) if is_there)
-        return missing
+                ordered = list(keys)
+                found = zip(ordered, threads.map(self.exists, ordered), strict=True)
+                there = Keys.of(key for key, is_there in found if is_there)
+        return keys - there
 
     def _is_listing_cheaper(self, keys: int) -> bool:
         """Return whether listing the spec's prefix takes fewer requests than asking for each of so many keys.

@@ -4,16 +4,18 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
 from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
+from tagger.keys import Keys
 from tagger.runs import TOO_LONG, IdType, Run
 from tagger.spec import normalise, spec_id, spec_of, text_key
 from tagger.tables import GONE, REVIEW, connecting, existing_target
@@ -150,22 +152,25 @@ def target_rows(dataset: Dataset, ids: IdType, connections: Connections) -> Iter
 
 
 def why_new(
-    new: Collection[str], refused: Collection[str], rows: pq.ParquetFile, snapshot: pq.ParquetFile, target: TargetRows
-) -> dict[str, Why]:
-    """Return why each of the new texts is new, by key. `refused` are those that are asked again after a refusal.
+    new: Keys, refused: Keys, rows: pq.ParquetFile, snapshot: pq.ParquetFile, target: TargetRows
+) -> npt.NDArray[np.int8]:
+    """Return why each of the new texts is new, in their order. `refused` are those asked again after a refusal.
 
     The target is read in parts, by the ids of the rows that have these texts; `rows` are the plan's.
     """
-    found = dict.fromkeys(new, Why.NEW_SPEC)
+    found = np.full(len(new), Why.NEW_SPEC, np.int8)
     for group in range(rows.num_row_groups):
-        known = rows.read_row_group(group).to_pydict()
+        known = rows.read_row_group(group)
+        places = new.places(known.column("key").combine_chunks())
+        picked = np.flatnonzero((places >= 0) & ~known.column("too_long").to_numpy())
         texts = None
-        of_rows = enumerate(zip(known["key"], known["too_long"], strict=True))
-        picked = (i for i, (key, long) in of_rows if key in found and not long)
-        while part := list(islice(picked, ROWS_A_QUERY)):
-            for i, held in zip(part, target.held([known["id"][i] for i in part]), strict=True):
-                key = known["key"][i]
-                if key in refused:
+        for start in range(0, len(picked), ROWS_A_QUERY):
+            part = picked[start : start + ROWS_A_QUERY]
+            some = known.take(part)
+            again = refused.places(some.column("key").combine_chunks()) >= 0
+            of_rows = zip(part, some.column("key").to_pylist(), target.held(some.column("id").to_pylist()), strict=True)
+            for is_again, (i, key, held) in zip(again, of_rows, strict=True):
+                if is_again:
                     why = Why.REFUSED
                 elif held is None or held.status == GONE:
                     why = Why.NEW_TEXT
@@ -176,7 +181,7 @@ def why_new(
                 else:
                     texts = texts or snapshot.read_row_group(group, ["text"]).column("text")
                     why = Why.NEW_SPEC if _is_of(held, texts[i].as_py()) else Why.CHANGED_TEXT
-                found[key] = max(why, found[key])
+                found[places[i]] = max(why, found[places[i]])
     return found
 
 
@@ -185,16 +190,18 @@ def _is_of(held: Held, text: str) -> bool:
     return held.spec is not None and held.key == text_key(held.spec, normalise(text))
 
 
-def newest(keys: Collection[str], count: int, rows: pq.ParquetFile) -> set[str]:
+def newest(keys: Keys, count: int, rows: pq.ParquetFile) -> Keys:
     """Return the `count` keys of the plan's rows with the highest ids."""
-    found: set[str] = set()
+    is_found = np.zeros(len(keys), bool)
+    left = count
     for group in reversed(range(rows.num_row_groups)):
-        for key in reversed(rows.read_row_group(group, ["key"]).column("key").to_pylist()):
-            if len(found) == count:
-                return found
-            if key in keys:
-                found.add(key)
-    return found
+        places = keys.places(rows.read_row_group(group, ["key"]).column("key").combine_chunks())
+        for place in places[places >= 0][::-1]:
+            if not left:
+                break
+            left -= not is_found[place]
+            is_found[place] = True
+    return keys.where(is_found)
 
 
 def frozen_dataset(run: Run, older: OlderSpec) -> Dataset | None:

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -17,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import sqlalchemy as sa
 
-from tagger.answers import RECORDS_A_READ, count, of_record, read_answers, staged
+from tagger.answers import RECORDS_A_READ, of_record, read_answers
 from tagger.cache import Cache
 from tagger.connections import Connections, database
 from tagger.exceptions import RunFailed
 from tagger.ledger import instants
-from tagger.runs import TOO_LONG, Loaded, Plan, Run, Snapshot, opened_parquet, rows_path
+from tagger.runs import TOO_LONG, Loaded, Plan, Run, Snapshot, keyed_schema, opened_parquet, rows_path
 from tagger.tables import (
     GONE,
     MYSQL_TABLE,
@@ -36,14 +37,11 @@ from tagger.tables import (
 
 logger = logging.getLogger(__name__)
 
-ROWS_A_BATCH = 200_000
+ROWS_A_BATCH = 50_000
 """Rows of the plan that are staged at once."""
 
 ROWS_A_STATEMENT = 5000
 """Of these, where they go in by statements."""
-
-TAGS_IN_MYSQL = "'$[*]' COLUMNS (value VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$')"
-"""How JSON_TABLE is to read an array of tags."""
 
 GOOD = ("tagged", "refused", REVIEW)
 """Statuses that are an answer to the present text."""
@@ -69,13 +67,13 @@ def load_back(run: Run, connections: Connections) -> Loaded:
     answers = read_answers(run, planned, cache)
     engine = database(dataset.target_conn_id, connections)
     with (
-        opened_parquet(run.storage, rows_path(run, planned.plan_id)) as rows,
+        opened_parquet(run.storage, rows_path(run, planned.plan_id), keyed_schema(taken.id_type)) as rows,
         connecting(engine, dataset.target_conn_id) as connection,
     ):
 
         def batches() -> Iterator[pa.Table]:
             for batch in rows.iter_batches(ROWS_A_BATCH):
-                yield staged(pa.Table.from_batches([batch]), answers, dataset.source.max_chars)
+                yield answers.staged(batch, dataset.source.max_chars)
 
         with only_writer(connection, dataset.target.table):
             target = existing_target(connection, dataset.target.table, taken.id_type)
@@ -99,7 +97,7 @@ def load_back(run: Run, connections: Connections) -> Loaded:
         written=written,
         deleted=deleted,
         problem=problem,
-        **count(answers),
+        **answers.count(),
         damaged=damaged,
         damaged_row=damaged_row,
         tags=tags,
@@ -214,7 +212,7 @@ class Loading:
 
     def _as_rows(self, staged: pa.RecordBatch) -> list[dict[str, Any]]:
         """Return staged rows as SQLAlchemy takes them."""
-        columns = {
+        columns: dict[str, list[Any]] = {
             name: instants(staged[name]) if name == "tagged_at" else staged[name].to_pylist()
             for name in staged.schema.names
         }
@@ -386,15 +384,9 @@ class Loading:
     def tag_counts(self) -> dict[str, int]:
         """Return the number of the target's rows by tag, most frequent first."""
         target = self._target
-        alike = sa.select(target.c.tags, sa.func.count().label("rows")).where(target.c.status != GONE)
-        lists = alike.group_by(target.c.tags).subquery()  # few, where there are millions of rows
-        as_rows = {
-            "postgresql": sa.func.jsonb_array_elements_text(lists.c.tags),
-            "sqlite": sa.func.json_each(lists.c.tags),
-            "mysql": sa.func.json_table(lists.c.tags, sa.literal_column(TAGS_IN_MYSQL)),
-        }
-        tags = as_rows[self._connection.dialect.name].table_valued("value")
-        rows_of_tag = sa.func.sum(lists.c.rows)
-        query = sa.select(tags.c.value, rows_of_tag).select_from(lists.join(tags, sa.true())).group_by(tags.c.value)
-        rows = self._connection.execute(query.order_by(rows_of_tag.desc(), tags.c.value))
-        return {str(tag): int(n) for tag, n in rows}
+        query = sa.select(target.c.tags, sa.func.count()).where(target.c.status != GONE).group_by(target.c.tags)
+        counts: Counter[str] = Counter()
+        for tags, rows in self._connection.execute(query):  # few, where there are millions of rows
+            for tag in tags or ():
+                counts[tag] += rows
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from tagger.connections import Connections, database
 from tagger.dataset import Dataset
 from tagger.estimate import LEAST_SAMPLE, Lengths, estimate, example_cost, sample_size
 from tagger.exceptions import InputError, StorageError
+from tagger.keys import KEYS_A_PART, Digests, Keys, digests
 from tagger.price import cost_usd, price_of, usd
 from tagger.runs import (
     Estimate,
@@ -30,9 +32,11 @@ from tagger.runs import (
     Run,
     Shard,
     Snapshot,
+    keyed_schema,
     new_keys_path,
     opened_parquet,
     rows_path,
+    taken_schema,
     utc_now,
     writing_parquet,
 )
@@ -57,7 +61,7 @@ class Texts:
 
     rows: int = 0
     blank: int = 0
-    keys: set[str] = field(default_factory=set)
+    keys: Keys = field(default_factory=Keys)
     too_long: dict[str, str] = field(default_factory=dict)
     """Keys of the texts that are too long in all their rows, with one of these."""
 
@@ -84,12 +88,12 @@ def plan(run: Run, connections: Connections) -> Plan:
     check_price(dataset)
     run.forget("plan.json", "load.json", "summary.json")
     plan_id, spec = uuid.uuid4().hex[:8], spec_id(dataset)
-    cache = Cache(run.storage, spec, dataset.llm.model)
-    refused, deferred, shards = set[str](), set[str](), list[Shard]()
-    why: dict[str, Why] = {}
+    cache = Cache(run.storage, spec, dataset.llm.model, dataset.tag_ids)
+    refused, deferred, shards = Keys(), Keys(), list[Shard]()
+    why = np.empty(0, np.int8)
     fastest = None
-    with opened_parquet(run.storage, taken.rows_file) as snapshot, ExitStack() as stack:
-        with writing_parquet(run.storage, rows_path(run, plan_id), _rows_schema(taken)) as parquet:
+    with opened_parquet(run.storage, taken.rows_file, taken_schema(taken.id_type)) as snapshot, ExitStack() as stack:
+        with writing_parquet(run.storage, rows_path(run, plan_id), keyed_schema(taken.id_type)) as parquet:
             texts = _write_rows(snapshot, parquet, spec, dataset.source.max_chars)
         waiting, ended = _batches(run, spec, connections)
         new = cache.missing(texts.keys)
@@ -98,17 +102,17 @@ def plan(run: Run, connections: Connections) -> Plan:
             refused = _refused(cache, texts.keys - new, dataset, taken, connections)
             new |= refused
         cached = len(texts.keys) - len(new)
-        new -= pending
+        unanswered = new - pending
         with nullcontext() if taken.is_trial else target_rows(dataset, taken.id_type, connections) as target:
             target_count, older = (target.count(), target.older_specs(spec)) if target else (0, [])
-            if new:
+            if unanswered:
                 rows = stack.enter_context(opened_parquet(run.storage, rows_path(run, plan_id)))
-                why = why_new(new, refused, rows, snapshot, target) if target else dict.fromkeys(new, Why.NEW_TEXT)
-                deferred = _deferred(taken, why, rows)
+                why = np.full(len(unanswered), Why.NEW_TEXT, np.int8)
+                if target:
+                    why = why_new(unanswered, refused, rows, snapshot, target)
+                deferred = _deferred(taken, unanswered, why, rows)
                 fastest = target.largest_run(spec) if target else None
-        keys = [*new, *pending]
-        new -= deferred
-        asked = NewTexts(snapshot, new, options.limit, Lengths(dataset.llm))
+        asked = NewTexts(snapshot, unanswered - deferred, options.limit, Lengths(dataset.llm))
         if asked.size and options.dry_run:
             asked.count(rows)
         elif asked.size:
@@ -118,9 +122,10 @@ def plan(run: Run, connections: Connections) -> Plan:
     over = budget.problem(expected, is_trial=taken.is_trial)
     unasked = deferred
     if over and not options.dry_run:
-        shards, unasked = [], deferred | _left_as_they_are(taken, why)
+        shards, unasked = [], deferred | _left_as_they_are(taken, unanswered, why)
     with writing_parquet(run.storage, new_keys_path(run, plan_id), NEW_KEYS_SCHEMA) as parquet:
-        parquet.write({"key": keys, "deferred": [key in unasked for key in keys]})
+        for keys in new.parts(KEYS_A_PART):
+            parquet.write({"key": keys, "deferred": unasked.holds(digests(keys))})
     before = frozen_dataset(run, older[0]) if older else None
     planned = Plan(
         plan_id=plan_id,
@@ -135,7 +140,7 @@ def plan(run: Run, connections: Connections) -> Plan:
         new=len(texts.keys) - cached - len(pending),
         pending=len(pending),
         asked_again=len(refused),
-        why=dict(Counter(reason.words for reason in why.values()).most_common()),
+        why={Why(reason).words: count for reason, count in Counter(why.tolist()).most_common()},
         deferred=len(deferred),
         estimate=expected,
         estimated_usd=expected.usd,
@@ -161,16 +166,16 @@ def plan(run: Run, connections: Connections) -> Plan:
     return planned
 
 
-def _batches(run: Run, spec: str, connections: Connections) -> tuple[set[str], set[str]]:
+def _batches(run: Run, spec: str, connections: Connections) -> tuple[Keys, Keys]:
     """Collect what has ended of the spec's batches; return the keys of the texts in the others, and in these."""
     batches = Batches(run.storage, spec)
     unfinished = batches.unfinished()
     if not unfinished:
-        return set(), set()
+        return Keys(), Keys()
     from tagger.batch import settle  # imports the SDK
 
-    before = batches.keys(unfinished)
-    waiting = batches.keys([batch for batch, _ in settle(run, connections)])
+    before = Keys.of(batches.keys(unfinished))
+    waiting = Keys.of(batches.keys([batch for batch, _ in settle(run, connections)]))
     return waiting, before - waiting
 
 
@@ -260,28 +265,25 @@ def _older_in_words(planned: Plan, taken: Snapshot) -> Iterator[str]:
     )
 
 
-def _refused(cache: Cache, cached: set[str], dataset: Dataset, taken: Snapshot, connections: Connections) -> set[str]:
+def _refused(cache: Cache, cached: Keys, dataset: Dataset, taken: Snapshot, connections: Connections) -> Keys:
     """Return which of the cached texts are refused. Records of texts that the target has as tagged are not read."""
     engine = database(dataset.target_conn_id, connections)
     with connecting(engine, dataset.target_conn_id) as connection:
         target = existing_target(connection, dataset.target.table, taken.id_type)
         if target is not None:
-            tagged = sa.select(target.c.cache_key).where(target.c.status.in_(("tagged", REVIEW)))
-            cached = cached.difference(connection.execute(tagged).scalars())
-    keys, refused = iter(cached), set[str]()
-    while part := list(islice(keys, RECORDS_A_READ)):
-        refused.update(key for key, record in cache.read_many(part).items() if record.status == "refused")
-    return refused
-
-
-def _rows_schema(taken: Snapshot) -> pa.Schema:
-    ids = pa.int64() if taken.id_type == "integer" else pa.string()
-    return pa.schema([("id", ids), ("key", pa.string()), ("too_long", pa.bool_())])
+            tagged = sa.select(target.c.cache_key).where(
+                target.c.status.in_(("tagged", REVIEW)), target.c.cache_key.is_not(None)
+            )
+            cached -= Keys.of(connection.execution_options(yield_per=KEYS_A_PART).execute(tagged).scalars())
+    refused: list[str] = []
+    for part in cached.parts(RECORDS_A_READ):
+        refused += (key for key, record in cache.read_many(part).items() if record.status == "refused")
+    return Keys.of(refused)
 
 
 def _write_rows(snapshot: pq.ParquetFile, parquet: ParquetFile, spec: str, max_chars: int) -> Texts:
     """Write the snapshot's ids and keys, a row group for each of its own, and return what it holds."""
-    texts = Texts()
+    texts, parts = Texts(), list[Digests]()
     for group in range(snapshot.num_row_groups):
         rows = snapshot.read_row_group(group)
         ids, bodies = rows.column("id"), rows.column("text").to_pylist()
@@ -291,41 +293,43 @@ def _write_rows(snapshot: pq.ParquetFile, parquet: ParquetFile, spec: str, max_c
         blank = keys.count(None)
         texts.blank += blank
         texts.rows += len(keys) - blank
-        texts.keys.update(key for key, long in zip(keys, too_long, strict=True) if key is not None and not long)
+        parts.append(digests([key for key, long in zip(keys, too_long, strict=True) if key is not None and not long]))
         if any(too_long):
             texts.too_long.update(
                 (key, str(row_id))
                 for row_id, key, long in zip(ids.to_pylist(), keys, too_long, strict=True)
                 if key is not None and long
             )
+    texts.keys = Keys(*parts)
     # a text may be too long in one row and, with less white space around it, short enough in another
-    texts.too_long = {key: row_id for key, row_id in texts.too_long.items() if key not in texts.keys}
+    for key in Keys.of(texts.too_long) & texts.keys:
+        del texts.too_long[key]
     return texts
 
 
-def _deferred(taken: Snapshot, why: dict[str, Why], rows: pq.ParquetFile) -> set[str]:
-    """Return the texts that a rollout leaves to later runs.
+def _deferred(taken: Snapshot, new: Keys, why: npt.NDArray[np.int8], rows: pq.ParquetFile) -> Keys:
+    """Return which of the new texts a rollout leaves to later runs.
 
     A run over a window has no more of them than it asks. With a `limit`, the other new texts come first.
     """
     most = taken.selection.rollout
     if most is None or taken.selection.rows != "all":
-        return set()
-    waiting = {key for key, reason in why.items() if reason is Why.NEW_SPEC}
+        return Keys()
+    waiting = new.where(why == Why.NEW_SPEC)
     if taken.options.limit is not None:
-        most = min(most, max(taken.options.limit - len(why) + len(waiting), 0))
-    return waiting - newest(waiting, most, rows) if len(waiting) > most else set()
+        most = min(most, max(taken.options.limit - len(new) + len(waiting), 0))
+    return waiting - newest(waiting, most, rows) if len(waiting) > most else Keys()
 
 
-def _left_as_they_are(taken: Snapshot, why: dict[str, Why]) -> set[str]:
+def _left_as_they_are(taken: Snapshot, new: Keys, why: npt.NDArray[np.int8]) -> Keys:
     """Return which of the texts that are too dear to ask leave their rows in the target as they are.
 
     The others' become `skipped`, so that later runs take them when they have left the window. What a run takes beyond
     its window was not in sight before it either, and must not make every later run too dear.
     """
     if taken.selection.rows == "window" and taken.selection.unfinished:
-        return {key for key, reason in why.items() if reason is Why.NEW_SPEC}
-    return set(why)
+        return new.where(why == Why.NEW_SPEC)
+    return new
 
 
 def _estimate(run: Run, dataset: Dataset, cache: Cache, lengths: Lengths, fastest: str | None) -> Estimate:

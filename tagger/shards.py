@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import cycle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tagger.dataset import Shards
 from tagger.estimate import Lengths
+from tagger.keys import Keys
 from tagger.runs import WAVE_CHARS, WAVE_TEXTS, ParquetFile, Run, Shard, shard_path, writing_parquet
 
 SCHEMA = pa.schema([("key", pa.string()), ("row_id", pa.string()), ("text", pa.string())])
@@ -20,30 +22,37 @@ BUFFERED_CHARS = 64_000_000
 class NewTexts:
     """The new texts of a snapshot that are asked, in the order of its rows, each once."""
 
-    def __init__(self, snapshot: pq.ParquetFile, new: set[str], limit: int | None, lengths: Lengths) -> None:
+    def __init__(self, snapshot: pq.ParquetFile, new: Keys, limit: int | None, lengths: Lengths) -> None:
         self._snapshot = snapshot
-        self.left = new
-        """Keys of the new texts that were not given out; the set is emptied on the way."""
+        self._new = new
+        self._is_left = np.ones(len(new), bool)
         self.size = len(new) if limit is None else min(limit, len(new))
         self.lengths = lengths
         """Of the texts that were given out."""
+
+    @property
+    def left(self) -> Keys:
+        """Keys of the new texts that were not given out."""
+        return self._new.where(self._is_left)
 
     def read(self, rows: pq.ParquetFile) -> Iterator[tuple[str, str, str]]:
         """Yield key, row id and text; `rows` are the plan's."""
         wanted = self.size
         for group in range(self._snapshot.num_row_groups):
-            known = rows.read_row_group(group, ["key", "too_long"]).to_pydict()
+            known = rows.read_row_group(group, ["key", "too_long"])
+            places = self._new.places(known.column("key").combine_chunks())
             picked = []
-            for i, (key, long) in enumerate(zip(known["key"], known["too_long"], strict=True)):
-                if key in self.left and not long and wanted:
-                    self.left.remove(key)
+            for i in np.flatnonzero((places >= 0) & ~known.column("too_long").to_numpy()):
+                if self._is_left[places[i]] and wanted:
+                    self._is_left[places[i]] = False
                     wanted -= 1
                     picked.append(i)
             if picked:
+                keys = known.column("key").take(picked).to_pylist()
                 found = self._snapshot.read_row_group(group).take(picked).to_pydict()
-                for i, row_id, text in zip(picked, found["id"], found["text"], strict=True):
+                for key, row_id, text in zip(keys, found["id"], found["text"], strict=True):
                     self.lengths.add(text)
-                    yield known["key"][i], str(row_id), text
+                    yield key, str(row_id), text
             if not wanted:
                 break
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tagger.cache import RECORD_VERSION, SMALLEST_RECORD, Cache, Chars, DamagedRecord, Record, Usage, parse_record
 from tagger.connections import Connection
 from tagger.exceptions import InputError, StorageError
+from tagger.keys import Keys
 from tagger.storage import Storage
 from tests.databases import watch
 from tests.servers import S3Store
@@ -160,7 +161,7 @@ def test_found_and_missing_are_all_the_keys(cache: Cache, storage: Storage, list
     fill(cache, storage, keys[::2])
     requests = watch(storage)
 
-    assert cache.missing(keys) == set(keys[1::2])
+    assert set(cache.missing(Keys.of(keys))) == set(keys[1::2])
     assert cache.find(iter(keys)) == set(keys[::2])
     assert ("HeadObject" in requests.counts) is not listed
 
@@ -168,7 +169,7 @@ def test_found_and_missing_are_all_the_keys(cache: Cache, storage: Storage, list
 def test_with_so_few_keys_that_no_listing_is_cheaper_none_is_made(cache: Cache, storage: Storage) -> None:
     requests = watch(storage)
 
-    cache.missing([key(n) for n in range(16)])
+    cache.missing(Keys.of(key(n) for n in range(16)))
 
     assert requests.counts == {"HeadObject": 16}
 
@@ -200,13 +201,13 @@ def test_a_big_cache_is_sampled_no_further_than_the_answer_needs(storage: Storag
     pretend(storage, there=3)
     requests = watch(storage)
 
-    assert len(Cache(storage, SPEC, MODEL).missing([key(n) for n in range(wanted)])) == wanted - 3
+    assert len(Cache(storage, SPEC, MODEL).missing(Keys.of(key(n) for n in range(wanted)))) == wanted - 3
 
     assert requests.counts == {"ListObjectsV2": pages, "HeadObject": wanted}
 
 
 def test_after_a_listing_garbage_is_collected_again(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.missing([key(n) for n in range(40)])
+    cache.missing(Keys.of(key(n) for n in range(40)))
     assert gc.isenabled()
 
     def broken(part: str) -> Iterator[str]:
@@ -215,7 +216,7 @@ def test_after_a_listing_garbage_is_collected_again(cache: Cache, monkeypatch: p
 
     monkeypatch.setattr(cache, "_listed", broken)
     with pytest.raises(StorageError, match="broken"):
-        cache.missing([key(n) for n in range(40)])
+        cache.missing(Keys.of(key(n) for n in range(40)))
     assert gc.isenabled()
 
 
@@ -268,7 +269,6 @@ GARBAGE = [
     pytest.param(body(tags=[1]), id="tags-are-numbers"),
     pytest.param(body(usage="much"), id="usage-is-a-word"),
     pytest.param(body(created_at="yesterday"), id="no-time"),
-    pytest.param(body(model="offline-stand-in"), id="of-the-stand-in"),
     pytest.param(body(created_at="2026-07-01T12:00:00"), id="no-zone"),
     pytest.param(body(created_at="9999-12-31T23:59:59-23:59"), id="time-beyond-the-calendar"),
     pytest.param(body(version=2.0), id="version-is-no-integer"),
@@ -279,6 +279,7 @@ GARBAGE = [
     pytest.param(body(finish_reason="\ud800"), id="half-a-surrogate-pair"),
     pytest.param(body(cost_usd=-1), id="cost-below-zero"),
     pytest.param(body(usage={"input": 10**30}), id="more-tokens-than-can-be"),
+    pytest.param(body(model="offline-stand-in"), id="of-the-stand-in"),
 ]
 
 
@@ -337,8 +338,8 @@ def test_a_model_may_answer_under_a_longer_name() -> None:
 
 
 TOKENS = st.integers(min_value=0, max_value=10**9)
-RECORDS = st.builds(
 NAMES = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=200)
+RECORDS = st.builds(
     Record,
     status=st.sampled_from(["tagged", "refused"]),
     reason=st.none() | NAMES,

@@ -123,8 +123,8 @@ def test_both_ways_read_the_same_rows(project: Project, declared: str, values: l
         copied = list(source._copied(query, set(), set()))
         selected = list(source._selected(query, set(), set()))
 
-    assert [ids.to_pylist() for ids, _ in copied] == [list(ids) for ids, _ in selected]
-    assert [texts.to_pylist() for _, texts in copied] == [list(texts) for _, texts in selected]
+    as_python = [tuple(pa.array(column).to_pylist() for column in columns) for columns in copied]
+    assert as_python == [(list(ids), list(texts)) for ids, texts in selected]
     assert len(copied[0][0]) == len(values)
 
 

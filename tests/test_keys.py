@@ -1,0 +1,57 @@
+"""Sets of keys: they do what Python's sets do."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tagger.keys import KEYS_A_PART, Keys, digests
+
+FEW = st.integers(0, 40).map(lambda number: f"{number * 0x0800_0000_0000_0000_0000_0000_0000_0000 % 2**128:032x}")
+"""Keys of a few, many of whose bytes are zero."""
+
+SETS = st.lists(FEW).map(lambda keys: (Keys.of(keys), set(keys)))
+
+
+@given(SETS, SETS)
+def test_they_are_sets(one: tuple[Keys, set[str]], two: tuple[Keys, set[str]]) -> None:
+    (keys, plain), (others, plain_others) = one, two
+
+    assert list(keys) == sorted(plain)
+    assert (len(keys), bool(keys)) == (len(plain), bool(plain))
+    assert list(keys | others) == sorted(plain | plain_others)
+    assert list(keys & others) == sorted(plain & plain_others)
+    assert list(keys - others) == sorted(plain - plain_others)
+
+
+@given(SETS, st.lists(st.none() | FEW))
+def test_places_are_those_in_their_order(one: tuple[Keys, set[str]], asked: list[str | None]) -> None:
+    keys, plain = one
+    order = sorted(plain)
+
+    places = keys.places(pa.array(asked, pa.string()))
+
+    assert places.tolist() == [order.index(key) if key in plain else -1 for key in asked]
+
+
+def test_what_is_no_key_is_left_out() -> None:
+    key = "0123456789abcdef" * 2
+
+    assert list(Keys.of([key, "", key[1:], "x" + key[1:], " " * 32, key[:30] + "  ", key[:-1] + "0" * 33])) == [key]
+
+
+@pytest.mark.parametrize("odd", ["", "ab", "x" * 32, "0" * 31 + " "])
+def test_digests_are_of_keys_alone(odd: str) -> None:
+    with pytest.raises(ValueError, match=r"^$|non-hex"):
+        digests(["0" * 32, odd])
+
+
+def test_more_keys_than_a_part_has() -> None:
+    count = KEYS_A_PART + 1
+
+    keys = Keys.of(f"{number:032x}" for number in [*range(count), 5, 6])
+
+    assert (len(keys), len(set(keys))) == (count, count)
+    assert [len(part) for part in keys.parts(KEYS_A_PART)] == [KEYS_A_PART, 1]
