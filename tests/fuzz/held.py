@@ -33,10 +33,10 @@ class Held(Storage):
         return self.objects.setdefault(path, body) is body
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        yield from ((path, len(self.objects[path])) for path in self._paths(prefix))
+        yield from ((path, len(self.objects[path])) for path in _below(self.objects, prefix))
 
     def list_versions(self, prefix: str) -> Iterator[Version]:
-        for path in self._paths(prefix):
+        for path in _below(self.objects, prefix):
             body = self.objects[path]
             yield Version(path, NOON, str(zlib.crc32(body)), len(body))
 
@@ -51,5 +51,6 @@ class Held(Storage):
             raise StorageError(f"{self.url}: reading {path}: S3 answered 404")
         file.write_bytes(self.objects[path])
 
-    def _paths(self, prefix: str) -> list[str]:
-        return sorted(path for path in self.objects if path.startswith(prefix))
+
+def _below(objects: dict[str, bytes], prefix: str) -> list[str]:
+    return sorted(path for path in objects if path.startswith(prefix))

@@ -41,30 +41,28 @@ RECORDS = [
     {k: v for k, v in RECORD.items() if k not in ("confidence", "asked", "chars")},
 ]
 
-ODD = [
-    RECORD | change
-    for change in (
-        {"tags": ["hacked"]},
-        {"tags": ["fruit", "fruit"]},
-        {"tags": ["fruit", "animal", "weather"]},
-        {"tags": []},
-        {"version": "2"},
-        {"version": 2.0},
-        {"version": True},
-        {"created_at": "9999-12-31T23:59:59-23:59"},
-        {"created_at": "0001-01-01T00:00:00+23:59"},
-        {"created_at": "2026-07-01T12:00:00"},
-        {"created_at": 1e300},
-        {"model": "a\x00b"},
-        {"model": "\ud800"},
-        {"reason": "a\x00b"},
-        {"cost_usd": -1.0},
-        {"cost_usd": float("nan")},
-        {"usage": {"input": 10**30}},
-        {"usage": {"input": -5}},
-        {"confidence": [float("nan")]},
-    )
+CHANGES: list[dict[str, Any]] = [
+    {"tags": ["hacked"]},
+    {"tags": ["fruit", "fruit"]},
+    {"tags": ["fruit", "animal", "weather"]},
+    {"tags": []},
+    {"version": "2"},
+    {"version": 2.0},
+    {"version": True},
+    {"created_at": "9999-12-31T23:59:59-23:59"},
+    {"created_at": "0001-01-01T00:00:00+23:59"},
+    {"created_at": "2026-07-01T12:00:00"},
+    {"created_at": 1e300},
+    {"model": "a\x00b"},
+    {"model": "\ud800"},
+    {"reason": "a\x00b"},
+    {"cost_usd": -1.0},
+    {"cost_usd": float("nan")},
+    {"usage": {"input": 10**30}},
+    {"usage": {"input": -5}},
+    {"confidence": [float("nan")]},
 ]
+ODD = [RECORD | change for change in CHANGES]
 
 
 def _raw(content: Any) -> bytes:
