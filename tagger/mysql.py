@@ -144,7 +144,7 @@ def check_rights(connection: "sa.Connection", conn_id: str) -> None:
     from sqlalchemy.exc import OperationalError
 
     try:
-        connection.exec_driver_sql("CREATE TEMPORARY TABLE tagger_check (n INT)")
+        connection.exec_driver_sql("CREATE TEMPORARY TABLE tagger_check (n INT PRIMARY KEY)")
     except OperationalError as e:
         number, message = server_error(e.orig) or (None, "")
         if number != DENIED:

@@ -644,6 +644,27 @@ def test_the_target_is_what_we_make_it_whatever_the_databases_defaults_are(proje
     assert "ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin" in made
 
 
+def test_uuids_of_postgresql_are_kept_as_they_read(request: pytest.FixtureRequest, ours: MySQLDatabase) -> None:
+    source_project = make_project("postgresql", request)
+    row_id = uuid.uuid4()
+    source_project.execute("DROP TABLE notes")
+    source_project.execute("CREATE TABLE notes (id UUID PRIMARY KEY, body TEXT, updated_at TEXT)")
+    source_project.put(row_id, "apple")
+    source_project.change(target={"conn_id": "ours"})
+    connections = source_project.connections
+
+    def both(conn_id: str) -> Connection | None:
+        return database_connection(ours, "ours") if conn_id == "ours" else connections(conn_id)
+
+    source_project.connections = both  # type: ignore[method-assign]
+    source_project.run()
+    again = source_project.run()
+
+    with connected(ours) as connection:
+        rows = connection.execute(sa.text("SELECT row_id, status FROM note_tags")).all()
+    assert (rows, again.llm_requests) == ([(str(row_id), "tagged")], 0)
+
+
 MADE = """
 CREATE TABLE note_tags (
 	row_id {ids} NOT NULL,
