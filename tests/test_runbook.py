@@ -34,6 +34,8 @@ from tests.servers import RedisServer
 from tests.test_clean import OLD, put_run, put_specs
 from tests.test_cli import Shell, closed_s3, missing_file, script_at_work, shell  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = [block for block in blocks("runbook.md") if not block.wants_airflow]
 
 
