@@ -25,9 +25,11 @@ LIBPQ_PARAMETERS: tuple[str, ...] = (
     "connect_timeout",
     "gssencmode",
     "options",
-    "sslcert",
+    "require_auth",
 )
-LIBPQ_PARAMETERS += ("sslcrl", "sslkey", "sslmode", "sslpassword", "sslrootcert", "target_session_attrs")
+LIBPQ_PARAMETERS += ("ssl_max_protocol_version", "ssl_min_protocol_version", "sslcert", "sslcertmode", "sslcrl")
+LIBPQ_PARAMETERS += ("sslcrldir", "sslkey", "sslmode", "sslnegotiation", "sslpassword", "sslrootcert")
+LIBPQ_PARAMETERS += ("target_session_attrs",)
 """Keys of a PostgreSQL connection's extra that libpq takes; Airflow's own (cursor, iam, …) are not passed on."""
 
 

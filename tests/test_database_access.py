@@ -119,7 +119,9 @@ def reached(connection: Connection) -> bool:
 
 
 def test_postgresql_is_reached_by_tls_with_an_authority_of_our_own(servers: TlsServers, authority: Authority) -> None:
-    assert reached(by_tls(servers.any, sslmode="verify-full", sslrootcert=str(authority.file)))
+    files = {"sslrootcert": str(authority.file)}
+
+    assert reached(by_tls(servers.any, sslmode="verify-full", ssl_min_protocol_version="TLSv1.3", **files))
 
 
 def test_postgresql_may_want_a_certificate_of_ours(servers: TlsServers, authority: Authority) -> None:
