@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from tagger.batches import Batches
 from tagger.cache import Cache, Record
 from tagger.keys import KEYS_A_PART, Digests, Keys, digests
-from tagger.ledger import latest_rows, read_attempts
+from tagger.ledger import SCHEMA as BOOKS
+from tagger.ledger import read_attempts
 from tagger.runs import TOO_LONG, Plan, Run, new_keys_path, read_parquet
 
 RECORDS_A_READ = 5000
@@ -83,7 +84,10 @@ class Answers:
         return self._new.where(~self._rows.column("answered").to_numpy()[self._at])
 
     def add(self, keys: pa.Array, rows: pa.Table) -> None:
-        """Set the answers, by `SCHEMA`, to the texts with these keys; those of other texts are left out."""
+        """Set the answers, by `SCHEMA`, to the texts with these keys, the last where there are several.
+
+        Those of other texts are left out.
+        """
         places = self._new.places(keys)
         of_new = np.flatnonzero(places >= 0)
         self._at[places[of_new]] = len(self._rows) + of_new
@@ -135,11 +139,17 @@ def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
         if "deferred" in batch.schema.names:  # plans of before there were rollouts have no such column
             deferred.append(keys[batch.column("deferred").to_numpy(zero_copy_only=False)])
     answers = Answers(Keys(*new), Keys(*deferred))
-    latest = latest_rows([attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id])
-    ended = latest.filter(pc.not_equal(latest.column("status"), "asked"))
+    attempts = [attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id]
+    files = [attempt.file.read(columns=BOOKS.names) for attempt in attempts]  # old ones have no `confidence`
+    books = pa.concat_tables([BOOKS.empty_table(), *files], promote_options="default")
     if cache.tags is not None:
-        ended = ended.filter(pc.invert(_hold_others(ended.column("tags").combine_chunks(), cache.tags)))
-    answers.add(ended.column("key").combine_chunks(), _of_outcomes(ended))
+        books = books.filter(pc.invert(_hold_others(books.column("tags").combine_chunks(), cache.tags)))
+    for outcomes in (
+        ["failed"],
+        ["tagged", "refused"],
+    ):  # an answer counts more than a failure, later more than earlier
+        rows = books.filter(pc.is_in(books.column("status"), pa.array(outcomes)))
+        answers.add(rows.column("key").combine_chunks(), _of_outcomes(rows))
     unanswered = answers.unanswered
     for part in (unanswered - cache.missing(unanswered)).parts(RECORDS_A_READ):
         records = cache.read_many(part)

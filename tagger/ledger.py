@@ -10,12 +10,11 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -35,6 +34,7 @@ CLOSE_SECONDS = 3.0
 """How long the last write may take of a process that is told to end; without it the attempt stays `running`."""
 
 OutcomeStatus = Literal["asked", "tagged", "refused", "failed"]
+_STATUSES = pa.array(get_args(OutcomeStatus))
 
 _TIME = pa.timestamp("us", tz="UTC")
 SCHEMA = pa.schema(
@@ -292,7 +292,7 @@ def _read(run: Run, path: str) -> Attempt:
         if not has_columns(file.schema_arrow, pa.schema(list(SCHEMA)[:-1])) or len(file.schema_arrow) > len(SCHEMA):
             raise ValueError("other columns")
         for part in file.iter_batches(batch_size=5000):  # so that damage shows here
-            if not pc.all(pc.is_in(part.column("status"), _WORTH)).as_py():
+            if not pc.all(pc.is_in(part.column("status"), _STATUSES)).as_py():
                 raise ValueError("another status")
         about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[b"tagger"])
         shard, attempt = path.removesuffix(".parquet").rsplit("-", 2)[1:]
@@ -355,20 +355,3 @@ def latest_outcomes(attempts: Iterable[Attempt]) -> dict[str, Latest]:
                 values = (outcome.row_id, *shared, outcome.answered_at, known.setdefault(sure, sure))
                 latest[outcome.key] = Latest._make(values)
     return latest
-
-
-_WORTH = pa.array(["asked", "failed", "refused", "tagged"])
-"""An answer, of either kind, counts more than a failure, and that more than none."""
-
-
-def latest_rows(attempts: Sequence[Attempt], columns: Sequence[str] = SCHEMA.names) -> pa.Table:
-    """Do what `latest_outcomes` does, on columns: return these of each text's row, in no order."""
-    read = list(dict.fromkeys(["key", "status", *columns]))
-    files = [attempt.file.read(columns=read) for attempt in attempts]  # those that it has
-    empty = pa.schema([SCHEMA.field(name) for name in read]).empty_table()
-    rows = pa.concat_tables([empty, *files], promote_options="default")
-    number = max(rows.num_rows, 1)
-    worth = pc.min_element_wise(pc.index_in(rows.column("status"), _WORTH), 2)
-    weight = pc.add(pc.multiply(pc.cast(worth, pa.int64()), number), pa.array(np.arange(rows.num_rows)))
-    heaviest = rows.append_column("weight", weight).group_by("key").aggregate([("weight", "max")]).column("weight_max")
-    return rows.select(columns).take(pc.subtract(heaviest, pc.multiply(pc.divide(heaviest, number), number)))

@@ -44,7 +44,7 @@ def copied_out(
     wanted = query.with_only_columns(id_column, *texts)
     compiled = wanted.compile(dialect=connection.dialect)
     with _errors(connection), _driver(connection).cursor() as cursor:
-        cursor.execute("SET client_encoding TO 'UTF8'")
+        cursor.execute("SET LOCAL client_encoding TO 'UTF8'")
         with cursor.copy(f"COPY ({compiled}) TO STDOUT (FORMAT binary)".encode(), compiled.params) as copy:
             data, sizes = bytearray(), list[int]()
             for row in _rows(copy):
@@ -123,7 +123,7 @@ def copy_in(connection: sa.Connection, table: sa.Table, names: list[str], batche
     prepare = connection.dialect.identifier_preparer
     into = f"{prepare.format_table(table)} ({', '.join(map(prepare.quote, names))})"
     with _errors(connection), _driver(connection).cursor() as cursor:
-        cursor.execute("SET client_encoding TO 'UTF8'")
+        cursor.execute("SET LOCAL client_encoding TO 'UTF8'; SET LOCAL timezone TO 'UTC'")
         with cursor.copy(f"COPY {into} FROM STDIN (FORMAT csv)".encode()) as copy:
             for lines in ahead(_lines(batches)):
                 copy.write(lines)
@@ -132,9 +132,16 @@ def copy_in(connection: sa.Connection, table: sa.Table, names: list[str], batche
 
 def _lines(batches: Iterable[pa.Table]) -> Generator[memoryview, None, None]:
     for batch in batches:
+        # Arrow writes instants thirty times slower than times without a zone
+        fields = [field.with_type(pa.timestamp("us")) if _is_instant(field) else field for field in batch.schema]
         lines = pa.BufferOutputStream()
-        pyarrow.csv.write_csv(batch, lines, pyarrow.csv.WriteOptions(include_header=False))
+        without_header = pyarrow.csv.WriteOptions(include_header=False)
+        pyarrow.csv.write_csv(batch.cast(pa.schema(fields)), lines, without_header)
         yield memoryview(lines.getvalue())
+
+
+def _is_instant(field: pa.Field) -> bool:
+    return bool(pa.types.is_timestamp(field.type))
 
 
 def ahead(items: Generator[T, None, None]) -> Iterator[T]:
