@@ -262,3 +262,16 @@ def test_tree_prints_a_table_and_writes_the_ratios(tmp_path: Path) -> None:
         "floor": {"PutObject": 50},
         "tagger": {"PutObject": 50},
     }
+
+
+@pytest.mark.slow
+def test_tables_copies_loads_and_writes_the_ratios(tmp_path: Path) -> None:
+    file = tmp_path / "tables.json"
+    command = [sys.executable, "-m", "bench.tables", "--rows", "2000", "--rounds", "1", "--json", str(file)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    lines = {line["step"]: line for line in json.loads(file.read_text())["summary"]}
+    assert {name for name, line in lines.items() if line["to_copy"]} == {"snapshot", "load", "second load"}
+    [round_] = json.loads(file.read_text())["trials"]
+    assert round_["steps"]["load"]["returned"] == {"written": 2000, "deleted": 0, "tags": 2000}
+    assert round_["steps"]["second load"]["returned"] == {"written": 0, "deleted": 0, "tags": 2000}
