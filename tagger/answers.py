@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from tagger.batches import Batches
 from tagger.cache import Cache, Record
+from tagger.exceptions import StorageError
 from tagger.keys import KEYS_A_PART, Digests, Keys, digests
 from tagger.ledger import SCHEMA as BOOKS
 from tagger.ledger import read_attempts
@@ -133,10 +134,13 @@ class Answers:
 def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
     """Return what became of the plan's new texts: by the attempts' books, and by the cache for the rest."""
     new, deferred = list[Digests](), list[Digests]()
-    for batch in read_parquet(run.storage, new_keys_path(run, planned.plan_id), NEW_KEYS, batch_size=KEYS_A_PART):
+    path = new_keys_path(run, planned.plan_id)
+    for batch in read_parquet(run.storage, path, NEW_KEYS, batch_size=KEYS_A_PART):
         keys = digests(batch.column("key").to_pylist())
         new.append(keys)
         if "deferred" in batch.schema.names:  # plans of before there were rollouts have no such column
+            if batch.column("deferred").type != pa.bool_():
+                raise StorageError(f"{run.storage.url}/{path}: damaged: run its step again")
             deferred.append(keys[batch.column("deferred").to_numpy(zero_copy_only=False)])
     answers = Answers(Keys(*new), Keys(*deferred))
     attempts = [attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id]
