@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 import uuid
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
@@ -19,6 +22,7 @@ from demo.stand_in import completion, error
 from tagger.cache import Cache, Record
 from tagger.connections import Connection
 from tagger.exceptions import InputError, RunFailed, TaggerError
+from tagger.ledger import attempt_files
 from tagger.load import load_back
 from tagger.plan import plan
 from tagger.report import report
@@ -693,6 +697,39 @@ def test_a_damaged_record_fails_its_rows_until_the_next_run(either: Project, cap
 
     assert (third.tagged, third.llm_requests) == (1, 1)
     assert (either.target()[2].status, either.target()[2].tags) == ("tagged", ["fruit"])
+
+
+def test_a_record_with_a_tag_that_the_spec_has_not_is_damaged(either: Project) -> None:
+    either.put(1, "apple")
+    either.run()
+    either.put(2, "apple")
+    cache = Cache(either.open("any").storage, spec_id(either.dataset), "offline-stand-in")
+    record = cache.read(key(either, "apple"))
+    assert record is not None
+    cache.write(key(either, "apple"), record.model_copy(update={"tags": ["hacked"]}))
+
+    either.run("two")
+
+    assert (either.target()[2].status, either.target()[2].tags) == ("failed", None)
+    either.run("three")
+    assert (either.target()[2].status, either.target()[2].tags) == ("tagged", ["fruit"])
+
+
+def test_tags_that_somebody_put_into_the_books_do_not_reach_the_target(either: Project) -> None:
+    either.put(1, "apple")
+    run = either.take()
+    plan(run, either.connections)
+    tag(run, 1, either.connections)
+    [(_, path)] = attempt_files(run)
+    books = pq.read_table(io.BytesIO(run.storage.get(path) or b""))
+    forged = pa.array([["hacked", "fruit"]], pa.list_(pa.string()))
+    body = io.BytesIO()
+    pq.write_table(books.set_column(books.column_names.index("tags"), "tags", forged), body)
+    run.storage.put(path, body.getvalue())
+
+    load_back(run, either.connections)
+
+    assert (either.target()[1].status, either.target()[1].tags) == ("tagged", ["fruit"])
 
 
 def test_a_target_is_filled_from_the_cache_a_part_at_a_time(either: Project, monkeypatch: pytest.MonkeyPatch) -> None:
