@@ -377,7 +377,8 @@ def test_strange_lines_are_left_out(project: Project, llm: StandIn, caplog: pyte
 
     def output(lines: list[str]) -> list[str]:
         unknown = lines[0].replace(json.loads(lines[0])["custom_id"], "f" * 32)
-        return [*lines[:-1], lines[0], unknown, lines[-1][:-20], "[]", "null", "", '{"custom_id": 1}']
+        odd = lines[-1].replace('"body": {', '"body": {"_BaseModel__cls": "x", ')
+        return [*lines[:-1], lines[0], unknown, lines[-1][:-20], "[]", "null", "", '{"custom_id": 1}', odd]
 
     llm.script_batches(Fate(output=output))
     put_texts(project, 4)
@@ -387,7 +388,7 @@ def test_strange_lines_are_left_out(project: Project, llm: StandIn, caplog: pyte
     assert "3 succeeded, 0 refused, 0 invalid, 1 errored, 0 expired" in caplog.text
     assert "1 unknown" in caplog.text
     assert "1 repeated" in caplog.text
-    assert "4 broken" in caplog.text
+    assert "5 broken" in caplog.text
 
 
 # Limits of the API

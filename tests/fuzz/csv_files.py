@@ -1,5 +1,6 @@
 """CSV and Parquet files of examples, labels and reviews: their rows, or one line that shows none of their texts."""
 
+import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
 
 from tagger.dataset import Dataset
 from tagger.dataset_files import load_dataset, parse_dataset
@@ -20,26 +22,35 @@ from tests.project import MINIMAL, merged
 
 DATASET = parse_dataset(merged(MINIMAL, {"storage": "s3://bucket"}), "notes.yaml")
 
-HEADERS = ("text,tags", "row_id,text,tags", "text;tags", "row_id,reviewed_tags,reviewed_by,reviewed_at", "tags,text,x")
+COLUMNS = {
+    "examples": (["text", "tags"], ["tags", "text", "note"]),
+    "labels": (["text", "tags"], ["row_id", "text", "tags"], ["row_id", "tags"]),
+    "reviews": (["row_id", "reviewed_tags"], ["row_id", "text", "reviewed_tags", "reviewed_by", "reviewed_at"]),
+}
 
-CELLS = (
+TAGS = (
     "fruit",
     "fruit;animal",
-    '"[""fruit""]"',
-    '"[""\\ud800""]"',
+    " animal ; fruit ",
+    '["fruit"]',
+    '["\\ud800"]',
     "(none)",
     "(clear)",
     "[[[",
-    "7",
-    "2026-11-01",
-    "'=1",
+    "",
+    "hacked",
 )
 
 TOKENS = tuple(token.encode() for token in (",", ";", "\t", '"', '""', "\n", "\r", "\r\n", "\x00", "\ufeff", "'"))
 
 
-def _csv(header: str, rows: list[list[str]], ending: str) -> bytes:
-    return ending.join([header, *(",".join(row) for row in rows), ""]).encode("utf-8", "surrogatepass")
+def _csv(header: list[str], rows: list[list[str]], quoted: bool, ending: str) -> bytes:
+    lines = [header, *(row[: len(header)] for row in rows)]
+    if not quoted:  # so that any comma, quote or line break in a cell makes it another file
+        return ending.join([*map(",".join, lines), ""]).encode("utf-8", "surrogatepass")
+    body = io.StringIO(newline="")
+    csv.writer(body, lineterminator=ending).writerows(lines)
+    return body.getvalue().encode("utf-8", "replace")
 
 
 def _parquet(names: list[str], columns: list[list[object]]) -> bytes:
@@ -52,13 +63,15 @@ def _parquet(names: list[str], columns: list[list[object]]) -> bytes:
     return body.getvalue()
 
 
-cells = st.one_of(st.sampled_from(CELLS), words, words.map(lambda word: f'"{word}"'), st.just(f"a {MARKER} text"))
-csvs = st.builds(
-    _csv,
-    st.one_of(st.sampled_from(HEADERS), words),
-    st.lists(st.lists(st.one_of(cells, rarely(long(words, 1_000_000), cells, 40)), min_size=1, max_size=5), max_size=4),
-    st.sampled_from(("\n", "\r\n", "\r")),
-)
+cells = st.one_of(st.sampled_from(TAGS), st.sampled_from(TAGS), words, st.just(f"a {MARKER} text"))
+rows = st.lists(st.lists(rarely(long(words, 1_000_000), cells, 80), min_size=5, max_size=5), max_size=4)
+
+
+def _csvs(kind: str) -> SearchStrategy[bytes]:
+    headers = st.one_of(st.sampled_from(COLUMNS[kind]), st.sampled_from(COLUMNS[kind]), st.lists(words, max_size=3))
+    return st.builds(_csv, headers, rows, st.sampled_from((True, True, False)), st.sampled_from(("\n", "\r\n", "\r")))
+
+
 parquets = st.builds(
     _parquet,
     st.sampled_from((["text", "tags"], ["row_id", "tags"], ["row_id", "text", "tags"], ["tags"])),
@@ -129,13 +142,11 @@ def check(case: tuple[str, bytes, str]) -> str:
     return f"{kind}: read"
 
 
-TARGET = Target(
-    "csv-files",
-    st.tuples(
-        st.sampled_from(tuple(READERS)),
-        st.one_of(csvs, csvs, damaged(csvs, TOKENS), parquets, damaged(parquets)),
-        st.sampled_from((".csv", ".parquet")),
-    ),
-    check,
-    share=12_000,
-)
+@st.composite
+def _cases(draw: DrawFn) -> tuple[str, bytes, str]:
+    kind = draw(st.sampled_from(tuple(READERS)))
+    body = draw(st.one_of(_csvs(kind), _csvs(kind), damaged(_csvs(kind), TOKENS), parquets, damaged(parquets)))
+    return kind, body, ".parquet" if kind == "labels" and body.startswith(b"PAR1") else ".csv"
+
+
+TARGET = Target("csv-files", _cases(), check, share=12_000)
