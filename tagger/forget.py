@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -145,7 +146,7 @@ def _ids(given: Sequence[str], source: SourceTable) -> Iterator[Any]:
     """Yield ids as the source has them."""
     for cell in given:
         row_id = id_in(source.id_type, cell)
-        if row_id is None:
+        if row_id is None or re.search("[\ud800-\udfff]", cell):  # bytes of an argument that are no UTF-8
             raise InputError(f"`{shown(cell)}` is no id of the source, whose ids are {source.id_type}")
         yield row_id
 

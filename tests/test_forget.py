@@ -44,6 +44,8 @@ from tests.project import Project, merged, sqlite_project
 from tests.servers import S3Store
 from tests.test_cli import Shell, assert_complains, shell  # noqa: F401 - a fixture
 
+NOTHING = "  nothing is left"
+
 
 def stored(project: Project) -> Iterator[tuple[str, str]]:
     """Yield path and content of all objects, Parquet files decoded."""
@@ -176,7 +178,7 @@ def test_nothing_of_a_row_is_left(told: Project) -> None:
     assert "  target: 2 rows" in said
     assert "  cache: 3 records" in said
     assert "  left alone: 1 record, for other rows have the same text" in said
-    assert forget(told, 2, 4) == ["notes: rows 2, 4", "  nothing is left"]
+    assert forget(told, 2, 4) == ["notes: rows 2, 4", NOTHING]
 
 
 def test_the_other_rows_lose_nothing(told: Project) -> None:
@@ -298,7 +300,7 @@ def test_rows_that_a_run_names_as_examples_are_not_named_any_more(told: Project)
     assert summary.reason is not None
     assert "(row forgotten)" in summary.reason
     assert figures(told, run)[1] == before[1]
-    assert forget(told, 770077, 880088)[1:] == ["  nothing is left"]
+    assert forget(told, 770077, 880088)[1:] == [NOTHING]
 
 
 def test_reviews_and_rows_that_are_gone_from_the_source_go_too(told: Project) -> None:
@@ -367,6 +369,8 @@ def test_text_ids_may_be_anything(project: Project) -> None:
 
     assert places_of(project, "needle", *ids[2:]) == []
     assert set(project.target()) == {"stays"}
+    with pytest.raises(InputError, match="no id of the source"):
+        forget(project, "not UTF-8: \udcff")
 
 
 def test_many_rows_at_once(project: Project) -> None:
@@ -394,7 +398,7 @@ def refused(project: Project, *ids: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("row_id", ["x", "", "1.5", "9" * 20, "1 OR 1=1"])
+@pytest.mark.parametrize("row_id", ["x", "", "1.5", "9" * 20, "1 OR 1=1", "\udcff"])
 def test_ids_of_another_kind_are_refused(told: Project, row_id: str) -> None:
     assert "no id of the source, whose ids are integer" in refused(told, 2, row_id)
 
@@ -573,7 +577,7 @@ def test_files_that_the_provider_did_not_delete_go(batches: Project) -> None:
     assert "  provider: 2 files" in said
     assert left_at_provider(batches) == 0
     assert places_of(batches, "needle") == []
-    assert forget(batches, 1)[1:] == ["  nothing is left"]
+    assert forget(batches, 1)[1:] == [NOTHING]
 
 
 def test_files_without_the_row_stay(batches: Project) -> None:
@@ -720,6 +724,7 @@ def state(project: Project) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_wherever_it_is_killed_the_next_try_ends_the_same(batches: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     batches.llm.script_route("DELETE /v1/files/{id}", *[error(403, "No.")] * 2)
     by_batch(batches, "first")
@@ -811,7 +816,7 @@ def test_the_command_lists_first(shell: Shell) -> None:  # noqa: F811
 
     for yes in ([], ["--yes"]):
         assert shell.run("forget", "notes", "1", *yes) == 0
-        assert shell.out.splitlines() == ["notes: row 1", "  nothing is left"]
+        assert shell.out.splitlines() == ["notes: row 1", NOTHING]
 
 
 def test_the_commands_refusals_are_one_line(shell: Shell) -> None:  # noqa: F811
@@ -835,7 +840,7 @@ def test_an_id_may_begin_with_a_dash(shell: Shell) -> None:  # noqa: F811
     assert shell.run("forget", "notes", "-5", "--yes") == 0
     assert set(project.target()) == {1, 2}
     assert shell.run("forget", "notes", "--yes", "--", "-6") == 0
-    assert shell.out.splitlines() == ["notes: row -6", "  nothing is left"]
+    assert shell.out.splitlines() == ["notes: row -6", NOTHING]
 
 
 def test_old_versions_are_told_of(shell: Shell) -> None:  # noqa: F811
