@@ -145,12 +145,16 @@ def _is_instant(field: pa.Field) -> bool:
 
 
 def ahead(items: Generator[T, None, None]) -> Iterator[T]:
-    """Yield the items, each of which a thread makes while the one before it is used."""
+    """Yield the items, each of which a thread makes while the one before it is used.
+
+    The first is made in this thread: a signal ends the wait for it, which may be long.
+    """
     with closing(items), ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
+        item = next(items, None)
+        while item is not None:
             coming = thread.submit(next, items, None)
             yield item
+            item = coming.result()
 
 
 def _driver(connection: sa.Connection) -> psycopg.Connection[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagger.keys import KEYS_A_PART, Keys, digests
@@ -15,6 +15,7 @@ FEW = st.integers(0, 40).map(lambda number: f"{number * 0x0800_0000_0000_0000_00
 SETS = st.lists(FEW).map(lambda keys: (Keys.of(keys), set(keys)))
 
 
+@settings(deadline=None)
 @given(SETS, SETS)
 def test_they_are_sets(one: tuple[Keys, set[str]], two: tuple[Keys, set[str]]) -> None:
     (keys, plain), (others, plain_others) = one, two
@@ -26,6 +27,7 @@ def test_they_are_sets(one: tuple[Keys, set[str]], two: tuple[Keys, set[str]]) -
     assert list(keys - others) == sorted(plain - plain_others)
 
 
+@settings(deadline=None)
 @given(SETS, st.lists(st.none() | FEW))
 def test_places_are_those_in_their_order(one: tuple[Keys, set[str]], asked: list[str | None]) -> None:
     keys, plain = one

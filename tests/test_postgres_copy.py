@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -190,3 +191,15 @@ def test_a_server_that_goes_away_is_a_lost_connection(engine: sa.Engine) -> None
         connection.invalidate()
 
     assert caught.value.connection_invalidated
+
+
+def test_instants_are_what_they_are_in_whatever_zone_the_database_lives(engine: sa.Engine) -> None:
+    at = datetime(2026, 7, 1, 23, 59, 59, 999999, tzinfo=UTC)
+    table = sa.Table("times", sa.MetaData(), sa.Column("at", sa.DateTime(timezone=True)), prefixes=["TEMPORARY"])
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SET timezone TO 'Asia/Tokyo'")
+        table.create(connection)
+
+        copy_in(connection, table, ["at"], [pa.table({"at": pa.array([at, None], pa.timestamp("us", tz="UTC"))})])
+
+        assert list(connection.execute(sa.select(table.c.at)).scalars()) == [at, None]
