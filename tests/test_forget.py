@@ -142,6 +142,13 @@ def new_project(folder: Path, server: S3Store, llm: StandIn) -> Project:
     return QuickProject(store, llm, project.database_connection, project.engine, project.content)
 
 
+@pytest.fixture(autouse=True)
+def _one_client(monkeypatch: pytest.MonkeyPatch, moto_server: S3Store) -> None:
+    """Let all storages share a client: making one takes longer than all else that most of these tests do."""
+    client = shared_client(moto_server.endpoint, moto_server.access_key, moto_server.secret_key)
+    monkeypatch.setattr(Storage, "connect", staticmethod(lambda url, conn_id, connections: Storage(url, client)))
+
+
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory, moto_server: S3Store) -> Template:
     """Rows 1 to 5: between two runs 2 got the text of 3, and 4 another one."""
