@@ -147,7 +147,7 @@ def check(body: bytes) -> str:
     try:
         dataset = load_dataset(path)
     except DatasetError as e:
-        assert_clear(e, lines=len(e.mistakes))
+        assert_clear(e, lines=len(e.mistakes), may_show=True)  # what stands in the file
         assert all(line.startswith(f"{path}: `") for line in str(e).split("\n"))
         key = re.match(r"[a-z_]+", e.mistakes[0].key)
         return f"refused: {key[0] if key and key[0] in _KEYS else 'unknown key'}"
