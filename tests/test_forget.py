@@ -867,8 +867,8 @@ def test_old_versions_are_told_of(shell: Shell) -> None:  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.timeout(900)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows_of_any_runs(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, moto_server: S3Store, llm: StandIn
