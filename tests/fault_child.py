@@ -8,9 +8,16 @@ fault takes seconds of the campaign where it takes minutes of a night.
 """
 
 import time
+from typing import Any, NoReturn
 
 _sleep = time.sleep
-time.sleep = lambda seconds: _sleep(min(seconds, 0.05))  # before others import it by its name
+
+
+def _sleep_shortly(seconds: Any) -> None:
+    _sleep(min(seconds, 0.05))
+
+
+time.sleep = _sleep_shortly  # before others import it by its name
 
 import gc  # noqa: E402
 import json  # noqa: E402
@@ -21,10 +28,8 @@ import tempfile  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
 from functools import cache  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
 
 import botocore.config  # noqa: E402
-import botocore.loaders  # noqa: E402
 import botocore.session  # noqa: E402
 import croniter  # noqa: E402, F401
 import openai.resources.chat  # noqa: E402
@@ -62,27 +67,28 @@ class QuickConfig(botocore.config.Config):
 
 def quicken() -> None:
     """Shorten the product's waits."""
-    botocore.config.Config = QuickConfig  # type: ignore[misc]
-    loader = cache(botocore.loaders.create_loader)  # what S3 is takes longer to read than a step
-    botocore.loaders.create_loader = botocore.session.create_loader = loader  # type: ignore[attr-defined]
+    config: Any = botocore.config
+    session: Any = botocore.session
+    storage: Any = tagger.storage
+    client: Any = tagger.llm.Client
+    config.Config = QuickConfig
+    session.create_loader = cache(session.create_loader)  # what S3 is takes longer to read than a step
     tagger.cache.PATIENCE_SECONDS = 1.5
     tagger.engine.LOCKED_SECONDS = 0.2
     tagger.ledger.FLUSH_SECONDS = 0.5
     tagger.lock.LOCK_SECONDS = 2
     tagger.lock.RENEW_SECONDS = 0.5
     tagger.redis_connection.REDIS_SECONDS = 1
-    client: Any = tagger.llm.Client
     client._sleep = lambda self, seconds: self._throttle.stopped.wait(min(seconds, 0.05))
     tagger.s3_connection.s3_client("aws_default", lambda _: None)
     sa.create_engine("postgresql+psycopg://")
     _ = openai.OpenAI(api_key="none").chat.completions
-    tagger.storage.s3_client = cache(tagger.storage.s3_client)  # one for all commands of an order
+    storage.s3_client = cache(storage.s3_client)  # one for all commands of an order
 
 
 def obey(order: dict[str, Any]) -> int:
     """Run the commands of an order until one fails; return its exit code."""
     os.dup2(2, 1)
-    os.environ.update(order["environment"])
     tempfile.tempdir = order["temporary"]
     if (limit := order["file_limit"]) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

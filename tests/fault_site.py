@@ -238,7 +238,7 @@ class Site:
     def rows(self) -> dict[int, Row]:
         """Return the target's rows by id."""
         with self._connect("target") as connection:
-            found = connection.execute(f"SELECT row_id, {', '.join(ROW)} FROM note_tags").fetchall()  # type: ignore[arg-type]
+            found = connection.execute(f"SELECT row_id, {', '.join(ROW)} FROM note_tags").fetchall()
         return {row_id: Row(*rest) for row_id, *rest in found}
 
     def _connect(self, name: str) -> "psycopg.Connection[Any]":
@@ -275,8 +275,8 @@ class Site:
 
     @staticmethod
     def _copy(connection: "psycopg.Connection[Any]", name: str, to: str) -> None:
-        connection.execute(f"DROP DATABASE IF EXISTS {to} WITH (FORCE)")  # type: ignore[arg-type]
-        connection.execute(f"CREATE DATABASE {to} TEMPLATE {name}")  # type: ignore[arg-type]
+        connection.execute(f"DROP DATABASE IF EXISTS {to} WITH (FORCE)")
+        connection.execute(f"CREATE DATABASE {to} TEMPLATE {name}")
 
     def object(self, path: str) -> bytes:
         """Return an object of the bucket."""
@@ -327,7 +327,7 @@ class Site:
         for name, proxy in self.proxies.items():
             proxy.arm(fault if name == server else None, kill)
         temporary = tempfile.mkdtemp(dir=self.folder)
-        order = {"commands": commands, "environment": {}, "temporary": temporary, "file_limit": file_limit}
+        order = {"commands": commands, "temporary": temporary, "file_limit": file_limit}
         clock = datetime.now()
         assert self._zygote.stdin and self._zygote.stdout and self._zygote.stderr
         self._zygote.stdin.write(json.dumps(order) + "\n")
@@ -339,7 +339,7 @@ class Site:
         pid_known.set()
         hangs = threading.Timer(COMMAND_SECONDS, kill, [signal.SIGKILL])
         hangs.start()
-        printed = []
+        printed: list[str] = []
         while not (line := self._zygote.stderr.readline()).startswith("\0"):
             if not line:
                 raise RuntimeError(f"the process that forks has ended: {''.join(printed)}")
