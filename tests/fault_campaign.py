@@ -271,7 +271,7 @@ class Campaign:
 
     def _check_cost(self, case: Case, known: End, summary: Summary) -> Iterator[str]:
         """Yield where money was forgotten. A process that is killed, or whose S3 is away, loses its last seconds."""
-        if case.step in ("hand_over", "settle"):
+        if case.step not in ("snapshot", "plan", "tag"):  # in the others the calls were made before, or in batches
             spent = known.cost_usd
         else:
             answers = [json.loads(each.answer)["usage"] for each in self._paid() if each.delivered]
