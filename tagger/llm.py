@@ -375,7 +375,7 @@ def message_of(dataset: Dataset, completion: ChatCompletion) -> Message:
     """
     try:
         choice = completion.choices[0]
-        finish = choice.finish_reason if _is_plain(choice.finish_reason) else "unknown"
+        finish: str = choice.finish_reason if _is_plain(choice.finish_reason) else "unknown"
         refusal, content = choice.message.refusal, choice.message.content
         model = completion.model if is_name(completion.model) else dataset.llm.model
     except (AttributeError, LookupError, TypeError):  # the SDK does not check the shape of what it parses

@@ -277,7 +277,7 @@ class SourceTable:
                 f"`source.id_column`: id {value!r} in {self._name} is {type(value).__name__}, "
                 f"the column is declared {self._id.type}"
             )
-        if self.id_type == "integer" and value >= 2**63:
+        if isinstance(value, int) and value >= 2**63:
             raise InputError(f"`source.id_column`: id {value} in {self._name} is beyond {2**63 - 1}")
         return str(value) if self.id_type == "uuid" else value
 
