@@ -19,17 +19,11 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from pydantic import ValidationError
 
-LIBPQ_PARAMETERS: tuple[str, ...] = (
-    "application_name",
-    "channel_binding",
-    "connect_timeout",
-    "gssencmode",
-    "options",
-    "require_auth",
-)
-LIBPQ_PARAMETERS += ("ssl_max_protocol_version", "ssl_min_protocol_version", "sslcert", "sslcertmode", "sslcrl")
-LIBPQ_PARAMETERS += ("sslcrldir", "sslkey", "sslmode", "sslnegotiation", "sslpassword", "sslrootcert")
-LIBPQ_PARAMETERS += ("target_session_attrs",)
+LIBPQ_PARAMETERS: tuple[str, ...] = ("application_name", "channel_binding", "connect_timeout", "gssencmode")
+LIBPQ_PARAMETERS += ("keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "options")
+LIBPQ_PARAMETERS += ("require_auth", "ssl_max_protocol_version", "ssl_min_protocol_version", "sslcert", "sslcertmode")
+LIBPQ_PARAMETERS += ("sslcrl", "sslcrldir", "sslkey", "sslmode", "sslnegotiation", "sslpassword", "sslrootcert")
+LIBPQ_PARAMETERS += ("target_session_attrs", "tcp_user_timeout")
 """Keys of a PostgreSQL connection's extra that libpq takes; Airflow's own (cursor, iam, …) are not passed on."""
 
 
@@ -185,7 +179,7 @@ def _database_url(connection: Connection) -> "sa.URL":
             connection.host,
             connection.port,
             connection.schema,
-            {"connect_timeout": "15", **query},
+            {"connect_timeout": "15", "keepalives_idle": "60", **query},  # a host that is gone is noticed in minutes
         )
     if connection.conn_type == "mysql":
         return sa.URL.create(

@@ -349,16 +349,17 @@ def test_postgresql_is_reached_as_the_provider_does(monkeypatch: pytest.MonkeyPa
 
 
 def test_libpq_options_are_passed_on_and_airflows_own_are_not() -> None:
-    extra = {"sslmode": "require", "connect_timeout": 3, "cursor": "dictcursor", "iam": False}
+    extra = {"sslmode": "require", "connect_timeout": 3, "keepalives_idle": 10, "cursor": "dictcursor", "iam": False}
 
     url = database("ours", known(Connection("ours", "postgres", "db.example.com", extra=extra))).url
-    assert url.query == {"sslmode": "require", "connect_timeout": "3"}
+    assert url.query == {"sslmode": "require", "connect_timeout": "3", "keepalives_idle": "10"}
 
 
 def test_postgresql_that_does_not_answer_is_not_waited_for_longer_than_a_while() -> None:
     url = database("ours", known(Connection("ours", "postgres", "db.example.com"))).url
 
     assert 1 <= int(str(url.query["connect_timeout"])) <= 30
+    assert 1 <= int(str(url.query["keepalives_idle"])) <= 120
 
 
 def test_postgresql_answers(postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
