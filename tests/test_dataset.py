@@ -170,6 +170,7 @@ def test_full_example_has_the_values_it_states(tmp_path: Path) -> None:
             "max_deleted_fraction": 0.1,
         },
         "rollout": None,
+        "retention": {"snapshots": None, "runs": None},
         "shards": {"texts_per_shard": 5000, "max": 16},
         "alerts": {"to": ["team@example.com"], "deadline": "7200s"},
         "max_active_runs": 1,
