@@ -5,6 +5,7 @@ Outside Airflow the same `AIRFLOW_CONN_<ID>` variables serve (URI or JSON); wher
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ LIBPQ_PARAMETERS += ("target_session_attrs", "tcp_user_timeout")
 
 SQLITE_BUSY_SECONDS = 60
 """How long a writer waits for another one."""
+
+LOGGED_AS = "tagger"
+"""Whom SQLAlchemy's pool says it logs for: tracebacks of what it cannot close of a lost connection, which is an error
+of its own already."""
+
+logging.getLogger(f"sqlalchemy.pool.impl.NullPool.{LOGGED_AS}").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ def database(conn_id: str, connections: Connections) -> "sa.Engine":
         **_engine_options(connection),
         hide_parameters=True,
         poolclass=sa.NullPool,
+        pool_logging_name=LOGGED_AS,
         json_serializer=lambda value: json.dumps(value, ensure_ascii=False),
     )
 

@@ -29,7 +29,9 @@ def replayed_until(connection: sa.Connection) -> datetime | None:
         with connection.begin_nested():
             until: datetime | None = connection.execute(_REPLAYED_UNTIL).scalar()
             return until
-    except sa.exc.DBAPIError:
+    except sa.exc.DBAPIError as e:
+        if e.connection_invalidated:
+            raise
         return None
 
 
