@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from tests.servers import S3Store
 ROLE = "arn:aws:iam::123456789012:role/tagger"
 
 
-class CredentialServer:
+class CredentialServer(ABC):
     """Gives out one set of credentials after the other: `ASIA1`, `ASIA2` and so on, whose secret is `secret-of-…`."""
 
     def __init__(self, life: timedelta = timedelta(hours=1)) -> None:
@@ -77,9 +78,9 @@ class CredentialServer:
         """Ends the server."""
         self.stop()
 
+    @abstractmethod
     def answer(self, method: str, path: str, headers: dict[str, str], body: str) -> tuple[int, str]:
         """Returns status and body of the answer to a request."""
-        raise NotImplementedError
 
     def _next(self) -> dict[str, str]:
         self.given += 1
