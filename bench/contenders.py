@@ -69,7 +69,7 @@ def tables(settings: dict[str, Any]) -> Steps:
     """Return the steps that read and write tables, and what stands for those between them.
 
     `settings`: content (of the dataset file), run_id, limit (of the texts that are asked). `answer` books an answer to
-    each text that the plan gives to the shards; `settle` makes a plan of the same rows that has these texts cached.
+    each text that the plan gives to the shards; `settle` makes of it the run of a day on which these texts are cached.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -122,6 +122,7 @@ def tables(settings: dict[str, Any]) -> Steps:
 
     def settle() -> None:
         planned = run.plan()
+        run.storage.delete_many([path for path, _ in run.storage.list(f"{run.files}shard-")])
         asked = pa.concat_tables([texts for _, texts in shards(planned, "key")])["key"].combine_chunks()
         with opened_parquet(run.storage, new_keys_path(run, planned.plan_id)) as file:
             keys = file.read(columns=["key"])["key"]

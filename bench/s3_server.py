@@ -213,7 +213,11 @@ class S3:
 
     def _CompleteMultipartUpload(self, request: Request, store: Bucket, key: str) -> bytes:
         parts = self._uploads.pop(request.query["uploadId"])
-        content = stored(b"".join(parts[int(number)] for number in _texts(request.body, "PartNumber")))
+        bodies = [parts[int(number)] for number in _texts(request.body, "PartNumber")]
+        etag = (
+            f'"{md5("".join(_texts(request.body, "ETag")).encode(), usedforsecurity=False).hexdigest()}-{len(bodies)}"'
+        )
+        content = Stored(b"".join(bodies), etag, time.time())
         store.put(key, content)
         return _xml("CompleteMultipartUploadResult", f"<Key>{escape(key)}</Key><ETag>{escape(content.etag)}</ETag>")
 

@@ -3,7 +3,8 @@ r"""Large tables of PostgreSQL: what snapshot and load take beside a bare COPY o
 The baselines are `\copy (SELECT id, title, body FROM texts) TO` a local file, and `\copy` of the rows that the first
 load wrote from a local file into a table like the target, with its primary key. The first load writes all rows, the
 second, of a plan that has all texts cached, none. Each step runs in a fresh process, which has its imports before the
-clock starts; between snapshot and load the answers are booked without a call.
+clock starts; between snapshot and load the answers are booked without a call. PostgreSQL does no work of its own
+meanwhile: it has no autovacuum, and a checkpoint before each step.
 """
 
 import os
@@ -76,6 +77,8 @@ class Bench:
                 for lines in _lines(self._rows, cell):
                     copy.write(lines)
             connection.execute("VACUUM ANALYZE texts")
+            connection.execute("ALTER SYSTEM SET autovacuum TO off")
+            connection.execute("SELECT pg_reload_conf()")
 
     def run(self, number: int, limit: int | None) -> Round:
         """Run all steps once."""
@@ -85,9 +88,11 @@ class Bench:
         def do(*names: str) -> None:
             with Contender("tables", settings, self._env, self._folder / "tables.log") as process:
                 process.wait_until_ready()
+                self._execute("CHECKPOINT")
                 for name in names:
                     steps[f"second {name}" if name in steps else name] = process.run(name)
 
+        self._execute("CHECKPOINT")
         steps["COPY out"], megabytes["COPY out"] = self._copy_out("SELECT id, title, body FROM texts")
         do("snapshot")
         do("plan", "answer")
@@ -95,6 +100,7 @@ class Bench:
         do("load")
         _, megabytes["COPY in"] = self._copy_out(f"SELECT {COLUMNS} FROM texts_tags")
         self._execute("DROP TABLE IF EXISTS bare", "CREATE TABLE bare (LIKE texts_tags INCLUDING ALL)")
+        self._execute("VACUUM ANALYZE texts_tags", "CHECKPOINT")
         steps["COPY in"] = self._psql(rf"\copy bare ({COLUMNS}) FROM '{self._file}'")
         do("settle", "load")
         _check(steps, self._rows)

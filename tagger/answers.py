@@ -147,12 +147,12 @@ def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
     files = [attempt.file.read(columns=BOOKS.names) for attempt in attempts]  # old ones have no `confidence`
     books = pa.concat_tables([BOOKS.empty_table(), *files], promote_options="default")
     if cache.tags is not None:
-        books = books.filter(pc.invert(_hold_others(books.column("tags").combine_chunks(), cache.tags)))
+        books = _where(books, pc.invert(_hold_others(books.column("tags").combine_chunks(), cache.tags)))
     for outcomes in (
         ["failed"],
         ["tagged", "refused"],
     ):  # an answer counts more than a failure, later more than earlier
-        rows = books.filter(pc.is_in(books.column("status"), pa.array(outcomes)))
+        rows = _where(books, pc.is_in(books.column("status"), pa.array(outcomes)))
         answers.add(rows.column("key").combine_chunks(), _of_outcomes(rows))
     unanswered = answers.unanswered
     for part in (unanswered - cache.missing(unanswered)).parts(RECORDS_A_READ):
@@ -161,6 +161,13 @@ def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
     batches = Batches(run.storage, planned.spec_id)
     answers.wait_for(Keys.of(batches.keys(batches.unfinished())))
     return answers
+
+
+def _where(books: pa.Table, picked: pa.Array) -> pa.Table:
+    """Return the rows of books that are picked, most often all or none; to filter lists takes long."""
+    if pc.all(picked).as_py():
+        return books
+    return books.filter(picked) if pc.any(picked).as_py() else books.slice(0, 0)
 
 
 def _of_outcomes(rows: pa.Table) -> pa.Table:

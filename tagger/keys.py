@@ -93,7 +93,8 @@ class Keys:
         there = np.flatnonzero(keys.is_valid())
         if len(self) and len(there):
             some = digests(keys.drop_null().to_pylist())
-            order = np.argsort(some)  # a search in order finds what it needs in the processor's cache
+            # a search in order finds what it needs in the processor's cache; half a key is enough for that
+            order = np.argsort(some.view(">u8")[::2].astype(np.uint64))
             there, some = there[order], some[order]
             at = self._at(some)
             places[there] = np.where(self.digests[at] == some, at, -1)

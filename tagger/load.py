@@ -91,8 +91,7 @@ def load_back(run: Run, connections: Connections) -> Loaded:
                 if dataset.confidence:
                     written += loading.judge_again()
                 deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
-            tags = loading.tag_counts()
-            to_review = loading.count(REVIEW)
+            tags, to_review = loading.counts()
     loaded = Loaded(
         written=written,
         deleted=deleted,
@@ -168,13 +167,15 @@ class Loading:
     def fill(self, batches: Iterable[pa.Table]) -> int | None:
         """Copy the run's rows, none of them `cached`, into the target, if it is empty and on PostgreSQL.
 
-        Returns how many went in; None where it is another target.
+        Returns how many went in; None where it is another target, or somebody changed the types of its columns.
         """
         if not self._copies or self._connection.execute(sa.select(sa.select(self._target).exists())).scalar_one():
             return None
-        from tagger.postgres_copy import copy_in
+        from tagger.postgres_copy import copies_into, copy_in
 
         names = [name for name in self._target.columns.keys() if not name.startswith("reviewed_")]
+        if not copies_into(self._connection, self._target, names):
+            return None
         return copy_in(
             self._connection, self._target, names, (self._in_target(batch).select(names) for batch in batches)
         )
@@ -359,6 +360,8 @@ class Loading:
             return deleted, None
         gone = sa.and_(~sa.exists().where(stage.c.row_id == target.c.row_id), there, self._not_newer())
         count = self._connection.execute(sa.select(sa.func.count()).select_from(target).where(gone)).scalar_one()
+        if not count:
+            return deleted, None
         total = self._connection.execute(sa.select(sa.func.count()).select_from(target).where(there)).scalar_one()
         if count > max_fraction * total:
             return deleted, (
@@ -366,7 +369,7 @@ class Loading:
                 f"`limits.max_deleted_fraction` {max_fraction:g} allows: none of them was deleted; raise the limit for "
                 "one run if they are meant to go"
             )
-        return deleted + (self._take_out(gone) if count else 0), None
+        return deleted + self._take_out(gone), None
 
     def _take_out(self, rows: sa.ColumnElement[bool]) -> int:
         """Delete these rows, or if they hold a review, mark them as `gone`; return how many there were."""
@@ -375,18 +378,15 @@ class Loading:
         kept = self._connection.execute(marked).rowcount
         return kept + self._connection.execute(target.delete().where(rows, ~is_reviewed(target))).rowcount
 
-    def count(self, status: str) -> int:
-        """Return the number of the target's rows with a status."""
-        query = sa.select(sa.func.count()).select_from(self._target).where(self._target.c.status == status)
-        rows: int = self._connection.execute(query).scalar_one()
-        return rows
-
-    def tag_counts(self) -> dict[str, int]:
-        """Return the number of the target's rows by tag, most frequent first."""
+    def counts(self) -> tuple[dict[str, int], int]:
+        """Return the number of the target's rows by tag, most frequent first, and of those that wait for a review."""
         target = self._target
-        query = sa.select(target.c.tags, sa.func.count()).where(target.c.status != GONE).group_by(target.c.tags)
+        each = target.c.tags, target.c.status
+        query = sa.select(*each, sa.func.count()).where(target.c.status != GONE).group_by(*each)
         counts: Counter[str] = Counter()
-        for tags, rows in self._connection.execute(query):  # few, where there are millions of rows
+        to_review = 0
+        for tags, status, rows in self._connection.execute(query):  # few, where there are millions of rows
             for tag in tags or ():
                 counts[tag] += rows
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+            to_review += rows if status == REVIEW else 0
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), to_review

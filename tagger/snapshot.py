@@ -193,14 +193,14 @@ class SourceTable:
 
     def _copied(self, query: sa.Select[Any], unfinished: set[Any], older: set[Any]) -> Iterator[Columns]:
         """Do what `_selected` does, by COPY."""
-        from tagger.postgres_copy import ahead, copied_out, joined
+        from tagger.postgres_copy import copied_out, joined
 
         def raw(ids: list[Any]) -> list[Any]:
             return list(map(uuid.UUID, ids)) if self.id_type == "uuid" else ids
 
         last: Any = None
-        batches = copied_out(self._connection, query, self.id_type, rows=ROWS_A_WRITE, size=CHARS_A_WRITE)
-        for ids, texts in ahead(batches):
+        self._connection.rollback()  # a transaction that is idle for long may be ended by the server
+        for ids, texts in copied_out(self._connection, query, self.id_type, size=CHARS_A_WRITE):
             self._check_ids(ids, last)
             last = ids[-1].as_py()
             text = joined(texts)
@@ -209,8 +209,8 @@ class SourceTable:
                 older.difference_update(known)
                 others = pa.array([row_id not in unfinished for row_id in known])
                 ids, text = ids.filter(others), text.filter(others)
-            if len(ids):
-                yield ids, text
+            for start in range(0, len(ids), ROWS_A_WRITE):
+                yield ids[start : start + ROWS_A_WRITE], text[start : start + ROWS_A_WRITE]
 
     def _check_ids(self, ids: pa.Array, last: Any) -> None:
         """Raise InputError where one is NULL, or the one before it, which is `last` before the first."""

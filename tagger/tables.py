@@ -138,9 +138,8 @@ def _reason(error: DBAPIError) -> str:
     state = getattr(error.orig, "sqlstate", None)
     if state is None:
         return first_line(error.orig)
-    message = getattr(getattr(error.orig, "diag", None), "message_primary", None)
-    name = f"{type(error.orig).__name__} ({state})"
-    return f"{message} ({state})" if message and state.startswith(SPEAKING_STATES) else name
+    told = first_line(error.orig) if state.startswith(SPEAKING_STATES) else type(error.orig).__name__
+    return f"{told} ({state})"
 
 
 def split_name(table: str) -> tuple[str | None, str]:

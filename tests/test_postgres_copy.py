@@ -12,10 +12,13 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.dialects.postgresql import JSONB
 
 from demo.postgresql import PostgreSQL
-from tagger.postgres_copy import copied_out, copy_in, joined
+from tagger.exceptions import TaggerError
+from tagger.postgres_copy import copied_out, copies_into, copy_in, joined
 from tagger.snapshot import SourceTable
+from tagger.tables import connecting
 from tagger.window import Selection
 from tests.databases import make_project
 from tests.project import Project
@@ -60,7 +63,7 @@ def project(request: pytest.FixtureRequest) -> Project:
 
 def table_of(ids: Any, *texts: str) -> sa.Table:
     columns = [sa.Column(name, sa.Text) for name in texts]
-    return sa.Table("cells", sa.MetaData(), sa.Column("id", ids), *columns, prefixes=["TEMPORARY"])
+    return sa.Table(f"cells_{uuid.uuid4().hex}", sa.MetaData(), sa.Column("id", ids), *columns)
 
 
 def python_join(texts: list[str | None]) -> str:
@@ -71,11 +74,10 @@ def python_join(texts: list[str | None]) -> str:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), TEXTS, TEXTS, TEXTS), max_size=12),
-    batch=st.integers(1, 5),
     size=st.integers(1, 200),
 )
 def test_rows_go_in_and_come_out_as_they_are(
-    engine: sa.Engine, rows: list[tuple[int, str | None, str | None, str | None]], batch: int, size: int
+    engine: sa.Engine, rows: list[tuple[int, str | None, str | None, str | None]], size: int
 ) -> None:
     names = ["id", "a", "b", "c"]
     table = table_of(sa.BigInteger, "a", "b", "c")
@@ -86,12 +88,12 @@ def test_rows_go_in_and_come_out_as_they_are(
         table.create(connection)
 
         assert copy_in(connection, table, names, [pa.table(arrays, names)]) == len(rows)
+        connection.commit()
 
         query = sa.select(table).order_by(table.c.id)
         assert sorted(map(repr, connection.execute(query))) == sorted(map(repr, rows))
         found: list[tuple[Any, ...]] = []
-        for ids, texts in copied_out(connection, query, "integer", rows=batch, size=size):
-            assert len(ids) <= batch
+        for ids, texts in copied_out(connection, query, "integer", size=size):
             found += zip(ids.to_pylist(), *(text.to_pylist() for text in texts), joined(texts).to_pylist(), strict=True)
     assert sorted(map(repr, found)) == sorted(repr((*row, python_join(list(row[1:])))) for row in rows)
 
@@ -138,8 +140,9 @@ def test_a_database_of_another_encoding(postgresql: PostgreSQL) -> None:
     with engine.connect() as connection:
         table.create(connection)
         copy_in(connection, table, ["id", "a"], [pa.table({"id": [1], "a": ["林檎 and ｶﾅ"]})])
+        connection.commit()
 
-        [(ids, [texts])] = copied_out(connection, sa.select(table), "integer", rows=9, size=9)
+        [(ids, [texts])] = copied_out(connection, sa.select(table), "integer", size=9)
 
     assert (ids.to_pylist(), texts.to_pylist()) == ([1], ["林檎 and ｶﾅ"])
 
@@ -148,11 +151,11 @@ def test_a_cell_of_100_mb_is_a_batch_of_its_own(engine: sa.Engine) -> None:
     series = sa.func.generate_series(1, 3).table_valued("n").render_derived()
     text = sa.case((series.c.n == 2, sa.func.repeat("本文", 17_000_000)), else_="short")
     with engine.connect() as connection:
-        batches = copied_out(connection, sa.select(series.c.n, text), "integer", rows=100, size=1_000_000)
+        batches = copied_out(connection, sa.select(series.c.n, text), "integer", size=1_000_000)
         found = [(ids.to_pylist(), joined(texts).cast(pa.large_string())) for ids, texts in batches]
 
-    assert [ids for ids, _ in found] == [[1, 2], [3]]
-    assert found[0][1][1].as_py() == "本文" * 17_000_000
+    assert [ids for ids, _ in found] == [[1], [2], [3]]
+    assert found[1][1][0].as_py() == "本文" * 17_000_000
 
 
 def test_an_error_of_the_database_in_the_middle_is_its_own(engine: sa.Engine) -> None:
@@ -160,18 +163,88 @@ def test_an_error_of_the_database_in_the_middle_is_its_own(engine: sa.Engine) ->
     query = sa.select(series.c.n, sa.cast(10 / (15_000 - series.c.n), sa.Text))
     with engine.connect() as connection:
         connection.begin()
-        with pytest.raises(sa.exc.DBAPIError, match="division by zero"):
-            list(copied_out(connection, query, "integer", rows=100, size=100_000))
+        with pytest.raises(sa.exc.DBAPIError, match=r"^\(psycopg.errors.DivisionByZero\) division by zero\n"):
+            list(copied_out(connection, query, "integer", size=100_000))
         connection.rollback()
 
         assert connection.execute(sa.text("SELECT 1")).scalar_one() == 1
+
+
+def test_an_error_that_quotes_a_cell_is_told_without_it(engine: sa.Engine) -> None:
+    number = sa.cast(sa.func.concat("a secret ", "text"), sa.Integer)
+    cells: list[sa.ColumnElement[Any]] = [sa.literal(1), sa.cast(number, sa.Text)]
+    with (
+        pytest.raises(
+            TaggerError, match=r"^connection `c`: the database answered: InvalidTextRepresentation \(22P02\)$"
+        ),
+        connecting(engine, "c") as connection,
+    ):
+        list(copied_out(connection, sa.select(*cells), "integer", size=100))
+
+
+@pytest.mark.parametrize("kind", ["CITEXT", "a_domain", "an_enum", "NAME"])
+def test_texts_of_other_types(engine: sa.Engine, kind: str) -> None:
+    with engine.connect() as connection:
+        for statement in (
+            "CREATE EXTENSION IF NOT EXISTS citext",
+            "DROP TYPE IF EXISTS a_domain, an_enum",
+            "CREATE DOMAIN a_domain AS text",
+            "CREATE TYPE an_enum AS ENUM ('林檎')",
+        ):
+            connection.exec_driver_sql(statement)
+        connection.commit()
+        cells: list[sa.ColumnElement[Any]] = [
+            sa.literal_column(f"CAST({cell} AS {kind})") for cell in ("'林檎'", "NULL")
+        ]
+        query = sa.select(*cells)
+
+        [(ids, [texts])] = copied_out(connection, query, "text", size=100)
+
+    assert (ids.type, texts.type) == (pa.string(), pa.string())
+    assert (ids.to_pylist(), texts.to_pylist()) == (["林檎"], [None])
+
+
+def test_columns_of_all_types_that_a_target_has(engine: sa.Engine) -> None:
+    at = datetime(1969, 7, 20, 20, 17, 40, 1, tzinfo=UTC)
+    row_id = uuid.UUID("8d8ac610-566d-4ef0-9c22-186b2a5ed793")
+    columns = [
+        sa.Column("a", sa.BigInteger),
+        sa.Column("b", sa.Uuid),
+        sa.Column("c", sa.String(9)),
+        sa.Column("d", JSONB(none_as_null=True)),
+        sa.Column("e", sa.Boolean),
+        sa.Column("f", sa.Float(53)),
+        sa.Column("g", sa.DateTime(timezone=True)),
+        sa.Column("h", sa.Text),
+    ]
+    table = sa.Table("of_all_types", sa.MetaData(), *columns, prefixes=["TEMPORARY"])
+    given = {
+        "a": pa.array([-(2**63), None]),
+        "b": pa.array([str(row_id), None]),
+        "c": pa.array(["林檎", None]),
+        "d": pa.array(['["林檎", 1]', None]),
+        "e": pa.array([True, None]),
+        "f": pa.array([-0.5, None]),
+        "g": pa.array([at, None], pa.timestamp("us", tz="UTC")),
+        "h": pa.array(["", None]),
+    }
+    with engine.connect() as connection:
+        table.create(connection)
+        assert copies_into(connection, table, list(given))
+
+        copy_in(connection, table, list(given), [pa.table(given)])
+
+        rows = list(connection.execute(sa.select(table)))
+        connection.exec_driver_sql("ALTER TABLE of_all_types ALTER c TYPE CHAR(9)")
+        assert not copies_into(connection, table, ["c"])
+    assert rows == [(-(2**63), row_id, "林檎", ["林檎", 1], True, -0.5, at, ""), (None,) * 8]
 
 
 def test_a_copy_that_is_given_up_leaves_the_connection_usable(engine: sa.Engine) -> None:
     series = sa.func.generate_series(1, 1_000_000).table_valued("n").render_derived()
     with engine.connect() as connection:
         connection.begin()
-        rows = copied_out(connection, sa.select(series.c.n, sa.literal("x" * 100)), "integer", rows=10, size=10**6)
+        rows = copied_out(connection, sa.select(series.c.n, sa.literal("x" * 100)), "integer", size=10**6)
         next(rows)
         rows.close()
         connection.rollback()
@@ -181,14 +254,14 @@ def test_a_copy_that_is_given_up_leaves_the_connection_usable(engine: sa.Engine)
 
 def test_a_server_that_goes_away_is_a_lost_connection(engine: sa.Engine) -> None:
     series = sa.func.generate_series(1, 3_000_000).table_valued("n").render_derived()
+    reads = "query LIKE 'COPY%' AND datname = current_database()"
+    end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {reads}"
     with engine.connect() as connection, engine.connect() as other:
-        pid = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
-        rows = copied_out(connection, sa.select(series.c.n, sa.literal("x" * 100)), "integer", rows=10, size=10**6)
+        rows = copied_out(connection, sa.select(series.c.n, sa.literal("x" * 100)), "integer", size=10**6)
         next(rows)
-        other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        other.execute(sa.text(end))
         with pytest.raises(sa.exc.DBAPIError) as caught:
             list(rows)
-        connection.invalidate()
 
     assert caught.value.connection_invalidated
 
