@@ -381,12 +381,12 @@ class Loading:
     def counts(self) -> tuple[dict[str, int], int]:
         """Return the number of the target's rows by tag, most frequent first, and of those that wait for a review."""
         target = self._target
-        each = target.c.tags, target.c.status
-        query = sa.select(*each, sa.func.count()).where(target.c.status != GONE).group_by(*each)
+        waits = sa.func.sum(sa.case((target.c.status == REVIEW, 1), else_=0))
+        query = sa.select(target.c.tags, sa.func.count(), waits).where(target.c.status != GONE).group_by(target.c.tags)
         counts: Counter[str] = Counter()
         to_review = 0
-        for tags, status, rows in self._connection.execute(query):  # few, where there are millions of rows
+        for tags, rows, waiting in self._connection.execute(query):  # few, where there are millions of rows
             for tag in tags or ():
                 counts[tag] += rows
-            to_review += rows if status == REVIEW else 0
+            to_review += int(waiting)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), to_review

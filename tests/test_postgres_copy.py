@@ -133,7 +133,8 @@ def test_both_ways_read_the_same_rows(project: Project, declared: str, values: l
 
 def test_a_database_of_another_encoding(postgresql: PostgreSQL) -> None:
     name = f"test_{uuid.uuid4().hex}"
-    with sa.create_engine(postgresql.url, isolation_level="AUTOCOMMIT").connect() as connection:
+    server = sa.create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with server.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name} ENCODING 'EUC_JP' TEMPLATE template0")
     engine = sa.create_engine(postgresql.url.rpartition("/")[0] + f"/{name}", poolclass=sa.NullPool)
     table = table_of(sa.BigInteger, "a")
