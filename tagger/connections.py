@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from tagger.exceptions import InputError
+from tagger.exceptions import InputError, printable
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -175,8 +175,8 @@ def _database_url(connection: Connection) -> "sa.URL":
 
     if connection.conn_type == "sqlite":
         path = Path(connection.host or "/" + (connection.schema or "").lstrip("/"))
-        if not path.is_file():
-            raise InputError(f"connection `{connection.conn_id}`: no SQLite file {path}")
+        if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file() raises where a name is too long
+            raise InputError(f"connection `{connection.conn_id}`: no SQLite file {printable(str(path))}")
         return sa.URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": "rw", "uri": "true"})
     if connection.conn_type == "postgres":
         query = {k: str(v) for k, v in connection.extra.items() if k in LIBPQ_PARAMETERS}

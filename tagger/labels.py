@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from tagger.connections import Connections
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
+from tagger.review_file import shown
 from tagger.spec import normalise
 from tagger.tag_cells import are_tags, tags_of_cell
 from tagger.trial import drawn, source_texts
@@ -84,12 +85,12 @@ class Labels:
         if self.examples:
             lines.append(f"{_rows(self.examples)} left out: an example of the dataset file")
         if self.absent:
-            lines.append(f"{_rows(len(self.absent))} left out: not in the source ({_some(self.absent)})")
+            lines.append(f"{_rows(len(self.absent))} left out: not in the source ({_some([*map(shown, self.absent)])})")
         if self.repeated:
             lines.append(f"{_rows(self.repeated)} left out: the text and the tags of another row")
         if self.disagreeing:
             done = "kept" if self.kept_disagreeing else "left out (`--keep-disagreeing` keeps them)"
-            groups = _some(["/".join(group) for group in self.disagreeing], "; ")
+            groups = _some(["/".join(map(shown, group)) for group in self.disagreeing], "; ")
             lines.append(
                 f"{_rows(sum(map(len, self.disagreeing)))} {done}: different tags for one text (rows {groups})"
             )
@@ -196,16 +197,16 @@ def _checked(
 
 def _unknown_tags(where: str, rows: list[_Row], known: set[str]) -> str:
     counts = Counter(tag for row in rows for tag in set(row.tags) - known)
-    shown = ", ".join(f"{_tag_shown(tag)} {count:,}x" for tag, count in counts.most_common(10))
+    found = ", ".join(f"{_tag_shown(tag)} {count:,}x" for tag, count in counts.most_common(10))
     if len(counts) > 10:
-        shown += f" and {len(counts) - 10:,} more"
+        found += f" and {len(counts) - 10:,} more"
     # ids that nobody has heard of are named, but no texts that stand in the wrong column
     if any(row.text is not None and row.text.strip() in known for row in rows):
-        shown = "none of its tags, but some in the column `text`; are the two columns swapped?"
+        found = "none of its tags, but some in the column `text`; are the two columns swapped?"
     elif len(counts) > max(10, len(known)):
-        shown = f"{len(counts):,} different values"
+        found = f"{len(counts):,} different values"
     return (
-        f"{where}: column `tags`: found tags that the dataset has not: {shown} (first in row {rows[0].name}); "
+        f"{where}: column `tags`: found tags that the dataset has not: {found} (first in row {shown(rows[0].name)}); "
         "expected ids of `tags` in the dataset file: mend them, or leave these rows out with `--ignore-unknown`"
     )
 
@@ -314,8 +315,8 @@ def _columns(path: Path, names: list[str]) -> list[str]:
     """Return those of the columns that are labels."""
     wanted: list[str] = [name for name in ("row_id", "text", "tags") if name in names]
     if "tags" not in wanted or len(wanted) < 2:
-        shown = ", ".join(map(_column_shown, names[:10]))
-        raise InputError(f"{path}: found the columns {shown}; expected a column `tags` and a column `text` or `row_id`")
+        found = ", ".join(map(_column_shown, names[:10]))
+        raise InputError(f"{path}: found the columns {found}; expected a column `tags` and a column `text` or `row_id`")
     if twice := next((name for name in wanted if names.count(name) > 1), None):
         raise InputError(f"{path}: column `{twice}` is there twice; expected it once")
     return wanted

@@ -296,7 +296,8 @@ def _read(run: Run, path: str) -> Attempt:
     body = run.storage.get(path) or b""
     try:
         file = pq.ParquetFile(pa.BufferReader(body))
-        if not has_columns(file.schema_arrow, pa.schema(list(SCHEMA)[:-1])) or len(file.schema_arrow) > len(SCHEMA):
+        columns = max(len(file.schema_arrow), len(SCHEMA) - 1)  # old ones have no `confidence`
+        if columns > len(SCHEMA) or not has_columns(file.schema_arrow, pa.schema(list(SCHEMA)[:columns])):
             raise ValueError("other columns")
         for part in file.iter_batches(batch_size=50_000):  # so that damage shows here
             if not pc.all(pc.is_in(part.column("status"), _STATUSES)).as_py():

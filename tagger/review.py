@@ -209,7 +209,7 @@ def _rows(file: Path, dataset: Dataset, ids: IdType, by: str | None, done: Impor
             twice[row.row_id] += 1
     for row_id in twice:
         del filled[row_id]
-        done.problems.append(f"row_id {row_id}: stands there twice with different `reviewed_tags`")
+        done.problems.append(f"row_id {shown(row_id)}: stands there twice with different `reviewed_tags`")
     return list(filled.values())
 
 
@@ -274,11 +274,11 @@ def _changes(
             elif held.reviewed_tags == row.tags and (row.tags is not None or held.reviewed_at is None):
                 done.unchanged += 1
             elif held.reviewed_at != row.seen_at and not overwrite:
-                who = shown(held.reviewed_by or "somebody")
+                name, who = shown(row.row_id), shown(held.reviewed_by or "somebody")
                 done.problems.append(
-                    f"row_id {row.row_id}: reviewed by {who} since the file was written (`--overwrite` replaces that)"
+                    f"row_id {name}: reviewed by {who} since the file was written (`--overwrite` replaces that)"
                     if held.reviewed_at is not None
-                    else f"row_id {row.row_id}: its review was taken back since the file was written (`--overwrite`)"
+                    else f"row_id {name}: its review was taken back since the file was written (`--overwrite`)"
                 )
             else:
                 yield row

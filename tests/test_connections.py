@@ -316,6 +316,14 @@ def test_sqlite_file_that_is_not_there_is_named_and_not_made(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("host", ["\x01", "a\nb", "\u200d", "x" * 5000])
+def test_a_path_that_is_none_is_one_short_line(host: str) -> None:
+    with pytest.raises(InputError, match=r"connection `ours`: no SQLite file .+") as raised:
+        database("ours", known(Connection("ours", "sqlite", host=host)))
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1100
+
+
 @pytest.mark.parametrize("conn_type", ["mssql", "http", "generic"])
 def test_other_databases_are_refused(conn_type: str) -> None:
     with pytest.raises(

@@ -182,6 +182,13 @@ def test_labels_that_disagree_are_named_and_left_out(project: Project) -> None:
     assert "3 rows left out (`--keep-disagreeing` keeps them): different tags for one text (rows 2/4/5)" in told
 
 
+@pytest.mark.parametrize(
+    "rows", ["\x00,a,fruit\n\x00,a,animal\n", '"x\ny",a,fruit\n"x\ny",a,animal\n', "\x00,a,hacked\n"]
+)
+def test_row_ids_that_cannot_be_printed_are_not_shown(project: Project, rows: str) -> None:
+    assert complaint(project, f"row_id,text,tags\n{rows}").isprintable()
+
+
 def test_labels_that_disagree_are_kept_where_that_is_asked(project: Project) -> None:
     labels = read(project, DISAGREEING, keep_disagreeing=True)
 

@@ -552,6 +552,19 @@ def test_a_parquet_file_that_is_not_ours_is_named(run: Run, about: object) -> No
         read_attempts(run)
 
 
+def test_a_confidence_of_another_type_is_named(run: Run) -> None:
+    path = "runs/notes/manual__1/shard-1-1.parquet"
+    with ledger(run) as books:
+        books.record(key(1), "1", record("fruit"))
+    table = pq.read_table(io.BytesIO(run.storage.get(path) or b""))
+    place, body = table.schema.get_field_index("confidence"), io.BytesIO()
+    pq.write_table(table.set_column(place, "confidence", pa.array([1])), body)
+    run.storage.put(path, body.getvalue())
+
+    with pytest.raises(StorageError, match="damaged"):
+        read_attempts(run)
+
+
 def test_a_file_has_no_column_for_a_text(run: Run) -> None:
     with ledger(run):
         pass

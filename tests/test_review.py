@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from demo.stand_in import Reply, StandIn, completion
 from tagger.check import check
+from tagger.dataset_files import parse_dataset
 from tagger.exceptions import InputError, RunFailed
-from tagger.review import export_reviews, import_reviews, reviewed_labels
+from tagger.review import Imported, _rows, export_reviews, import_reviews, reviewed_labels
 from tagger.review_file import CLEAR, FORMULA, LONGEST_TEXT, cell_of, read_cell
 from tagger.tables import reflect
 from tagger.tag_cells import NO_TAG, tags_in_cell, tags_of_cell
 from tests.databases import make_project, put_rows
-from tests.project import Project
+from tests.project import MINIMAL, Project, merged
 from tests.test_cli import Shell, assert_complains, shell  # noqa: F401 - a fixture
 
 TEXTS = {1: "an apple and a banana", 2: "a zebra", 3: "rain and a storm"}
@@ -408,6 +409,15 @@ def test_a_text_in_the_wrong_column_is_not_shown(loaded: Project, tmp_path: Path
         import_reviews(loaded.dataset, file, loaded.connections)
 
     assert "zebra" not in str(raised.value)
+
+
+def test_a_row_id_that_cannot_be_printed_is_not_shown(tmp_path: Path) -> None:
+    dataset = parse_dataset(merged(MINIMAL, {"storage": "s3://bucket"}), "notes.yaml")
+    file, done = tmp_path / "in.csv", Imported()
+    file.write_text('row_id,reviewed_tags\n"a\nb",fruit\n"a\nb",animal\n')
+
+    assert _rows(file, dataset, "text", "ann", done) == []
+    assert done.problems == ["row_id (3 characters): stands there twice with different `reviewed_tags`"]
 
 
 def test_a_row_that_is_there_twice_with_the_same_tags_is_taken_once(loaded: Project, tmp_path: Path) -> None:
