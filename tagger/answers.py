@@ -33,6 +33,9 @@ SCHEMA = pa.schema(
 )
 
 
+OF_BOOKS = ["key", "status", "tags", "model", "kind", "error", "answered_at", "confidence"]
+"""Columns of the books that tell of an answer."""
+
 NEW_KEYS = pa.schema([("key", pa.string())])
 """What any plan's file of new texts has."""
 
@@ -144,8 +147,8 @@ def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
             deferred.append(keys[batch.column("deferred").to_numpy(zero_copy_only=False)])
     answers = Answers(Keys(*new), Keys(*deferred))
     attempts = [attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id]
-    files = [attempt.file.read(columns=BOOKS.names) for attempt in attempts]  # old ones have no `confidence`
-    books = pa.concat_tables([BOOKS.empty_table(), *files], promote_options="default")
+    files = [attempt.file.read(columns=OF_BOOKS) for attempt in attempts]  # old ones have no `confidence`
+    books = pa.concat_tables([BOOKS.empty_table().select(OF_BOOKS), *files], promote_options="default")
     if cache.tags is not None:
         books = _where(books, pc.invert(_hold_others(books.column("tags").combine_chunks(), cache.tags)))
     for outcomes in (
