@@ -386,7 +386,9 @@ def _wait(look: Callable[[], list[tuple[Batch, State]]]) -> None:
                 bar.set_description_str(f"batch {waiting[0][1].status}")
                 if bar.disable and time.monotonic() - logged >= LONGEST_POLL_SECONDS:
                     logged = time.monotonic()
-                    logger.info("waiting for batches (%d): %d of %d requests done", len(waiting), done, total)
+                    away = any(state.status == UNREACHABLE for _, state in waiting)
+                    told = "; the LLM endpoint does not answer, the batches go on there" if away else ""
+                    logger.info("waiting for batches (%d): %d of %d requests done%s", len(waiting), done, total, told)
                 time.sleep(pause)
                 pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ from tests.servers import RedisServer, S3Store
 MARK = "klopstock"
 """In each text, with a number that no other text has."""
 
-COMMAND_SECONDS = 120.0
+COMMAND_SECONDS = 90.0
 """Of a command, on a busy machine; one that takes longer hangs."""
 
 CONCURRENCY = 2
@@ -337,14 +337,17 @@ class Site:
             raise RuntimeError(f"the process that forks has ended: {self._zygote.stderr.read()}")
         pids.append(int(pid))
         pid_known.set()
-        hangs = threading.Timer(COMMAND_SECONDS, kill, [signal.SIGKILL])
-        hangs.start()
+        endings = [(COMMAND_SECONDS, signal.SIGTERM), (COMMAND_SECONDS + 10, signal.SIGKILL)]
+        timers = [threading.Timer(seconds, kill, [with_signal]) for seconds, with_signal in endings]
+        for timer in timers:
+            timer.start()
         printed: list[str] = []
         while not (line := self._zygote.stderr.readline()).startswith("\0"):
             if not line:
                 raise RuntimeError(f"the process that forks has ended: {''.join(printed)}")
             printed.append(line)
-        hangs.cancel()
+        for timer in timers:
+            timer.cancel()
         self.left_files = os.listdir(temporary)  # noqa: PTH208 - names alone
         return Ended(int(line[1:]), "".join(printed), (datetime.now() - clock).total_seconds())
 

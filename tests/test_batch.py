@@ -677,11 +677,13 @@ def test_a_key_that_may_not_delete_files_keeps_no_answer_back(project: Project, 
     assert finished(project, planned(project)).tagged == 2
 
 
-def test_a_blip_does_not_end_the_wait(project: Project, llm: StandIn) -> None:
+def test_a_blip_does_not_end_the_wait(project: Project, llm: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     llm.script_route("GET /v1/batches/{id}", *[error(500, "Broken.")] * 2)
     put_texts(project, 2)
 
     assert finished(project, planned(project)).tagged == 2
+    assert "0 of 2 requests done; the LLM endpoint does not answer, the batches go on there" in caplog.text
 
 
 def test_an_input_file_that_is_gone_is_uploaded_again(project: Project, llm: StandIn) -> None:
