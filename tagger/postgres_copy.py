@@ -205,6 +205,7 @@ def _adbc_errors(connection: sa.Connection) -> Iterator[None]:
             error = psycopg.errors.lookup(e.sqlstate or "")(message)
         except KeyError:
             error = psycopg.OperationalError(message)
+            error.sqlstate = e.sqlstate  # one that nobody knows may still quote a row
         lost = e.sqlstate is None or e.sqlstate.startswith(("08", "57P"))
         raise _as_sqlalchemy(error, connection, lost=lost) from None
 

@@ -183,6 +183,16 @@ def test_an_error_that_quotes_a_cell_is_told_without_it(engine: sa.Engine) -> No
         list(copied_out(connection, sa.select(*cells), "integer", size=100))
 
 
+def test_an_error_of_the_databases_own_is_told_without_its_message(engine: sa.Engine) -> None:
+    body = "BEGIN RAISE EXCEPTION 'a secret text' USING ERRCODE = 'ZZ001'; END"
+    cells: list[sa.ColumnElement[Any]] = [sa.literal(1), sa.literal_column("quotes()")]
+    told = r"^connection `c`: the database answered: OperationalError \(ZZ001\)$"
+    with pytest.raises(TaggerError, match=told), connecting(engine, "c") as connection:
+        connection.exec_driver_sql(f"CREATE FUNCTION quotes() RETURNS text LANGUAGE plpgsql AS $$ {body} $$")
+        connection.commit()
+        list(copied_out(connection, sa.select(*cells), "integer", size=100))
+
+
 @pytest.mark.parametrize("kind", ["CITEXT", "a_domain", "an_enum", "NAME"])
 def test_texts_of_other_types(engine: sa.Engine, kind: str) -> None:
     with engine.connect() as connection:
