@@ -207,6 +207,7 @@ def _adbc_errors(connection: sa.Connection) -> Iterator[None]:
             error = psycopg.OperationalError(message)
             error.sqlstate = e.sqlstate  # one that nobody knows may still quote a row
         lost = e.sqlstate is None or e.sqlstate.startswith(("08", "57P"))
+        e.args, e.details, e.__context__ = (type(error).__name__,), [], None  # it stays the context of what is raised
         raise _as_sqlalchemy(error, connection, lost=lost) from None
 
 
