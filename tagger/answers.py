@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import NamedTuple
 
@@ -136,17 +137,10 @@ class Answers:
 
 def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
     """Return what became of the plan's new texts: by the attempts' books, and by the cache for the rest."""
-    new, deferred = list[Digests](), list[Digests]()
-    path = new_keys_path(run, planned.plan_id)
-    for batch in read_parquet(run.storage, path, NEW_KEYS, batch_size=KEYS_A_PART):
-        keys = digests(batch.column("key").to_pylist())
-        new.append(keys)
-        if "deferred" in batch.schema.names:  # plans of before there were rollouts have no such column
-            if batch.column("deferred").type != pa.bool_():
-                raise StorageError(f"{run.storage.url}/{path}: damaged: run its step again")
-            deferred.append(keys[batch.column("deferred").to_numpy(zero_copy_only=False)])
-    answers = Answers(Keys(*new), Keys(*deferred))
-    attempts = [attempt for attempt in read_attempts(run) if attempt.plan_id == planned.plan_id]
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read_attempts, run)
+        answers = Answers(*_new_keys(run, planned))
+        attempts = [attempt for attempt in reading.result() if attempt.plan_id == planned.plan_id]
     files = [attempt.file.read(columns=OF_BOOKS) for attempt in attempts]  # old ones have no `confidence`
     books = pa.concat_tables([BOOKS.empty_table().select(OF_BOOKS), *files], promote_options="default")
     if cache.tags is not None:
@@ -164,6 +158,20 @@ def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
     batches = Batches(run.storage, planned.spec_id)
     answers.wait_for(Keys.of(batches.keys(batches.unfinished())))
     return answers
+
+
+def _new_keys(run: Run, planned: Plan) -> tuple[Keys, Keys]:
+    """Return the plan's new texts, and those of them that are deferred."""
+    new, deferred = list[Digests](), list[Digests]()
+    path = new_keys_path(run, planned.plan_id)
+    for batch in read_parquet(run.storage, path, NEW_KEYS, batch_size=KEYS_A_PART):
+        keys = digests(batch.column("key"))
+        new.append(keys)
+        if "deferred" in batch.schema.names:  # plans of before there were rollouts have no such column
+            if batch.column("deferred").type != pa.bool_():
+                raise StorageError(f"{run.storage.url}/{path}: damaged: run its step again")
+            deferred.append(keys[batch.column("deferred").to_numpy(zero_copy_only=False)])
+    return Keys(*new), Keys(*deferred)
 
 
 def _where(books: pa.Table, picked: pa.Array) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from binascii import unhexlify
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -19,17 +20,22 @@ KEYS_A_PART = 100_000
 """Keys that are text at once."""
 
 
-def digests(keys: Sequence[str]) -> Digests:
-    """Return keys as digests, in the same order.
+def digests(keys: Sequence[str] | pa.StringArray) -> Digests:
+    """Return keys as digests, in the same order. An Arrow array, which has no NULL, takes a tenth of a list's time.
 
     Raises:
         ValueError: one of them is no key, of 32 hex digits.
     """
-    digits = "".join(keys)
-    raw = bytes.fromhex(digits)
-    if not len(digits) == 2 * len(raw) == 32 * len(keys):
+    digits = _digits(keys) if isinstance(keys, pa.StringArray) else "".join(keys)
+    if len(digits) != 32 * len(keys):
         raise ValueError
-    return np.frombuffer(raw, "S16")
+    return np.frombuffer(unhexlify(digits), "S16")
+
+
+def _digits(keys: pa.StringArray) -> memoryview:
+    _, ends, texts = keys.buffers()
+    bounds = np.frombuffer(ends, np.int32)[keys.offset : keys.offset + len(keys) + 1]
+    return memoryview(texts)[bounds[0] : bounds[-1]] if len(keys) else memoryview(b"")
 
 
 class Keys:
@@ -92,7 +98,7 @@ class Keys:
         places = np.full(len(keys), -1)
         there = np.flatnonzero(keys.is_valid())
         if len(self) and len(there):
-            some = digests(keys.drop_null().to_pylist())
+            some = digests(keys.drop_null())
             # a search in order finds what it needs in the processor's cache; half a key is enough for that
             order = np.argsort(some.view(">u8")[::2].astype(np.uint64))
             there, some = there[order], some[order]

@@ -135,7 +135,7 @@ def _jsonb(column: pa.Array) -> list[pa.Array]:
 
 def _uuid(column: pa.Array) -> list[pa.Array]:
     digits = pc.fill_null(pc.replace_substring(column, "-", ""), "0" * 32)
-    return _fixed(digests(digits.to_pylist()), "V16", column)
+    return _fixed(digests(digits), "V16", column)
 
 
 def _timestamp(column: pa.Array) -> list[pa.Array]:

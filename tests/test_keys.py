@@ -33,7 +33,7 @@ def test_places_are_those_in_their_order(one: tuple[Keys, set[str]], asked: list
     keys, plain = one
     order = sorted(plain)
 
-    places = keys.places(pa.array(asked, pa.string()))
+    places = keys.places(pa.array(["before", *asked, "after"], pa.string())[1:-1])
 
     assert places.tolist() == [order.index(key) if key in plain else -1 for key in asked]
 
@@ -46,8 +46,9 @@ def test_what_is_no_key_is_left_out() -> None:
 
 @pytest.mark.parametrize("odd", ["", "ab", "x" * 32, "0" * 31 + " "])
 def test_digests_are_of_keys_alone(odd: str) -> None:
-    with pytest.raises(ValueError, match=r"^$|non-hex"):
-        digests(["0" * 32, odd])
+    for keys in (["0" * 32, odd], pa.array(["0" * 32, odd])):
+        with pytest.raises(ValueError, match=r"^$|Non-hex"):
+            digests(keys)
 
 
 def test_more_keys_than_a_part_has() -> None:
