@@ -39,7 +39,7 @@ def _clean(options: argparse.Namespace, connections: Connections) -> None:
         _clean_by_age(_loaded(paths), connections, yes=options.yes)
         return
     if len(options.dataset) != 1 or (options.yes and not options.spec):
-        raise InputError("`clean --spec`: expected one DATASET, whose storage is meant, and with `--yes` ids of specs")
+        raise InputError("`tagger clean DATASET --spec [ID …]`: expected one DATASET, and with `--yes` ids of specs")
     folders = {folder.resolve() for folder in (paths[0].parent, datasets_folder())}
     others = [dataset for folder in folders for dataset in _loaded(dataset_files(folder))]
     _clean_specs(_loaded(paths)[0], others, options.spec, connections, yes=options.yes)

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from tagger.keys import KEYS_A_PART, Keys, digests
 
-FEW = st.integers(0, 40).map(lambda number: f"{number * 0x0800_0000_0000_0000_0000_0000_0000_0000 % 2**128:032x}")
-"""Keys of a few, many of whose bytes are zero."""
+FEW = st.tuples(st.integers(0, 3), st.integers(0, 9)).map(
+    lambda halves: f"{halves[0] << 62:016x}{halves[1] << 56:016x}"
+)
+"""Keys of a few, many of which have their first half in common, and many of whose bytes are zero."""
 
 SETS = st.lists(FEW).map(lambda keys: (Keys.of(keys), set(keys)))
 
