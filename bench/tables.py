@@ -102,7 +102,8 @@ class Bench:
         self._execute("DROP TABLE IF EXISTS bare", "CREATE TABLE bare (LIKE texts_tags INCLUDING ALL)")
         self._execute("VACUUM ANALYZE texts_tags", "CHECKPOINT")
         steps["COPY in"] = self._psql(rf"\copy bare ({COLUMNS}) FROM '{self._file}'")
-        do("settle", "load")
+        do("settle")
+        do("load")
         _check(steps, self._rows)
         return Round(steps, megabytes)
 

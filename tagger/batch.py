@@ -12,10 +12,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tagger.batch_answers import Answers
 from tagger.batch_api import ENDPOINT, LOST_AFTER, UNREACHABLE, BatchAPI, State
@@ -54,7 +53,7 @@ class Text(NamedTuple):
 class Requests(NamedTuple):
     """A file of requests, and what is kept of their texts, by key."""
 
-    file: Path
+    file: IO[bytes]
     texts: dict[str, HandedOver]
 
 
@@ -174,7 +173,7 @@ class ShardBatches:
                 batch = self._uploaded(batch, next(files).file)
         self._create(batch)
 
-    def _uploaded(self, batch: Batch, file: Path) -> Batch:
+    def _uploaded(self, batch: Batch, file: IO[bytes]) -> Batch:
         return self._batches.update(batch, input_file=self._api.upload(file, batch))
 
     def _create(self, batch: Batch) -> None:
@@ -201,19 +200,17 @@ class ShardBatches:
         """
         lines = self._lines(wanted)
         next_line = next(lines, None)
-        with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
-            file = Path(folder, "requests.jsonl")
-            while next_line is not None:
-                texts: dict[str, HandedOver] = {}
-                with file.open("wb") as requests:
-                    while next_line is not None and len(texts) < MAX_REQUESTS:
-                        text, line = next_line
-                        if texts and requests.tell() + len(line) > MAX_BYTES:
-                            break
-                        requests.write(line)
-                        chars = Chars.of(text.text)
-                        texts[text.key] = HandedOver(text.row_id, chars.narrow, chars.wide)
-                        next_line = next(lines, None)
+        while next_line is not None:
+            texts: dict[str, HandedOver] = {}
+            with disk_errors(), tempfile.TemporaryFile() as file:
+                while next_line is not None and len(texts) < MAX_REQUESTS:
+                    text, line = next_line
+                    if texts and file.tell() + len(line) > MAX_BYTES:
+                        break
+                    file.write(line)
+                    chars = Chars.of(text.text)
+                    texts[text.key] = HandedOver(text.row_id, chars.narrow, chars.wide)
+                    next_line = next(lines, None)
                 yield Requests(file, texts)
 
     def _lines(self, wanted: Callable[[str], bool]) -> Iterator[tuple[Text, bytes]]:
@@ -269,15 +266,15 @@ def collect(batch: Batch, batches: Batches, api: BatchAPI, dataset: Dataset) -> 
             "texts are pending, and a later run collects their answers"
         )
     if not batch.collected:
-        with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
-            files = [Path(folder, str(i)) for i in range(len(state.files))]
-            missing = [file_id for file_id, to in zip(state.files, files, strict=True) if not api.download(file_id, to)]
+        with disk_errors(), ExitStack() as stack:
+            files = {file_id: stack.enter_context(tempfile.TemporaryFile()) for file_id in state.files}
+            missing = [file_id for file_id, file in files.items() if not api.download(file_id, file)]
             latest = batches.read(batch)
             if latest is None or latest.collected:  # by another run, which has the files deleted
                 return
             if missing:
                 logger.warning("batch %s: %s is not at the provider any more", batch.remote, ", ".join(missing))
-            _book(batch, batches, dataset, state, [file for file in files if file.exists()])
+            _book(batch, batches, dataset, state, [file for file_id, file in files.items() if file_id not in missing])
         batches.update(batch, collected=True)
     for file_id in (batch.input_file, *state.files):
         if file_id is not None:
@@ -300,7 +297,7 @@ def _state(batch: Batch, api: BatchAPI) -> State:
         return State(UNREACHABLE, 0, [], None)
 
 
-def _book(batch: Batch, batches: Batches, dataset: Dataset, state: State, files: list[Path]) -> None:
+def _book(batch: Batch, batches: Batches, dataset: Dataset, state: State, files: list[IO[bytes]]) -> None:
     run = Run(batches.storage, batch.dataset, batch.run_id)
     cache = Cache(run.storage, batches.spec, dataset.llm.model, dataset.tag_ids)
     with Ledger(run, batch.plan_id, batch.shard, batch.price, batch.ledger) as ledger:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from openai.types.chat import ChatCompletion
@@ -57,10 +56,10 @@ class Answers:
         self.stray: Counter[str] = Counter()
         """Number of lines left out: `broken`, `unknown`, `repeated`."""
 
-    def read(self, file: Path) -> None:
-        """Read a file of answers or errors."""
-        with file.open("rb") as body, ThreadPoolExecutor(_THREADS) as threads:
-            lines = self._lines(body)
+    def read(self, file: Iterable[bytes]) -> None:
+        """Read the lines of a file of answers or errors."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            lines = self._lines(file)
             while some := list(islice(lines, _LINES_AT_ONCE)):
                 self.fates.update(threads.map(self._end, some))
 

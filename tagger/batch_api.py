@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import openai
 
@@ -92,12 +91,12 @@ class BatchAPI:
         options = request_options(self._client, dataset)
         return {**{k: v for k, v in options.items() if k not in NOT_IN_BODY}, **options["extra_body"]}
 
-    def upload(self, file: Path, batch: Batch) -> str:
-        """Upload a batch's requests; return the provider's name of the file."""
+    def upload(self, file: IO[bytes], batch: Batch) -> str:
+        """Upload a batch's requests, the file from its start; return the provider's name of it."""
 
         def upload() -> str:
-            with file.open("rb") as body:
-                return self._free.files.create(file=(batch.file_name, body), purpose="batch").id
+            file.seek(0)
+            return self._free.files.create(file=(batch.file_name, file), purpose="batch").id
 
         return self._ask_at_start(upload)
 
@@ -194,12 +193,19 @@ class BatchAPI:
 
         return self._ask_at_start(find)
 
-    def download(self, file_id: str, to: Path) -> bool:
-        """Download a file; return whether it is there."""
+    def download(self, file_id: str, to: IO[bytes]) -> bool:
+        """Download a file into an empty one; return whether it is there."""
+
+        def download() -> None:
+            to.seek(0)
+            to.truncate()
+            to.writelines(self._free.files.content(file_id).iter_bytes())
+
         try:
-            self._ask(lambda: self._free.files.content(file_id).write_to_file(to))
+            self._ask(download)
         except Gone:
             return False
+        to.seek(0)
         return True
 
     def delete(self, file_id: str) -> None:

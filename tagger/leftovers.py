@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
 
 from tagger.batch_api import BatchAPI
 from tagger.batches import FILE_NAME
@@ -54,9 +53,5 @@ def _is_near(created_at: datetime | None, booked_at: datetime) -> bool:
 
 
 def _holds(api: BatchAPI, file_id: str, keys: set[bytes]) -> bool:
-    with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
-        file = Path(folder, "file")
-        if not api.download(file_id, file):
-            return False
-        with file.open("rb") as lines:
-            return any(not keys.isdisjoint(_KEY.findall(line)) for line in lines)
+    with disk_errors(), tempfile.TemporaryFile() as file:
+        return api.download(file_id, file) and any(not keys.isdisjoint(_KEY.findall(line)) for line in file)

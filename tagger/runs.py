@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -311,7 +310,7 @@ def shard_path(run: Run, plan_id: str, shard: int) -> str:
 class ParquetFile:
     """A Parquet file in storage, written batch by batch through a local temporary file."""
 
-    def __init__(self, file: Path, schema: pa.Schema, compression: str) -> None:
+    def __init__(self, file: IO[bytes], schema: pa.Schema, compression: str) -> None:
         # no column has so few values that a dictionary of them would pay
         self._writer = pq.ParquetWriter(
             file, schema, compression=compression, use_dictionary=False, write_statistics=False
@@ -330,8 +329,7 @@ class ParquetFile:
 @contextmanager
 def writing_parquet(storage: Storage, path: str, schema: pa.Schema, compression: str = "zstd") -> Iterator[ParquetFile]:
     """Write a Parquet object in bounded memory; it appears when the block ends without an error, whole."""
-    with disk_errors(), tempfile.TemporaryDirectory(prefix="tagger-") as folder:
-        file = Path(folder, "file")
+    with disk_errors(), tempfile.TemporaryFile() as file:  # it has no name, and is gone however the process ends
         parquet = ParquetFile(file, schema, compression)
         try:
             yield parquet
@@ -349,7 +347,7 @@ def opened_parquet(storage: Storage, path: str, schema: pa.Schema | None = None)
     """
     with ExitStack() as stack:
         with disk_errors():
-            file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagger-")), "file")
+            file = stack.enter_context(tempfile.TemporaryFile())
             storage.download(path, file)
         try:
             parquet = stack.enter_context(pq.ParquetFile(file))

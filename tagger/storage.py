@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
@@ -148,15 +147,22 @@ class Storage:
                 if errors := [error for error in answer.get("Errors", []) if error.get("Code") not in NOT_FOUND]:
                     raise ClientError({"Error": errors[0]}, "DeleteObjects")
 
-    def upload(self, path: str, file: Path) -> None:
-        """Write a local file as an object; it appears whole or not at all."""
-        self._transfer(f"writing {path}", lambda: self._client.upload_file(str(file), self.bucket, self._prefix + path))
+    def upload(self, path: str, file: IO[bytes]) -> None:
+        """Write a local file as an object, from its start; it appears whole or not at all. The file may be closed."""
+        file.seek(0)
+        with self._errors(f"writing {path}"):
+            self._client.upload_fileobj(file, self.bucket, self._prefix + path)
 
-    def download(self, path: str, file: Path) -> None:
-        """Write an object to a local file."""
-        self._transfer(
-            f"reading {path}", lambda: self._client.download_file(self.bucket, self._prefix + path, str(file))
-        )
+    def download(self, path: str, file: IO[bytes]) -> None:
+        """Write an object to an empty local file."""
+        from s3transfer.exceptions import RetriesExceededError
+
+        with self._errors(f"reading {path}"):
+            try:
+                self._client.download_fileobj(self.bucket, self._prefix + path, file)
+            except RetriesExceededError as e:
+                raise StorageError(f"{self.url}: reading {path}: {type(e.last_exception).__name__}") from None
+        file.seek(0)
 
     def check(self, *, create: bool = False) -> bool:
         """Check that the bucket is there and may be used; return whether it was made now."""
@@ -191,18 +197,6 @@ class Storage:
         with self._errors(f"listing {prefix}"):
             for page in pages:
                 yield from page.get("Contents", [])
-
-    def _transfer(self, doing: str, transfer: Callable[[], object]) -> None:
-        from boto3.exceptions import Boto3Error
-
-        with self._errors(doing):
-            try:
-                transfer()
-            except Boto3Error as e:
-                cause = e.__cause__ or e.__context__
-                if isinstance(cause, ClientError):
-                    raise cause from None
-                raise StorageError(f"{self.url}: {doing}: {type(e).__name__}") from None
 
     def _no_bucket(self) -> str:
         return f"{self.url}: no bucket `{self.bucket}` (`tagger check --create` makes it)"

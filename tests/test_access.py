@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -396,17 +397,14 @@ def test_all_that_a_run_writes_is_encrypted_as_the_connection_says(project: Proj
         assert found == ("aws:kms", "alias/tagger", True), key
 
 
-def test_each_way_to_write_is_encrypted(project: Project, tmp_path: Path) -> None:
+def test_each_way_to_write_is_encrypted(project: Project) -> None:
     encrypting(project, ServerSideEncryption="aws:kms", SSEKMSKeyId="alias/tagger")
     storage = project.open("any").storage
-    small, large = tmp_path / "small", tmp_path / "large"
-    small.write_bytes(b"1")
-    large.write_bytes(b"1" * 9_000_000)
 
     storage.put("put", b"1")
     storage.create("create", b"1")
-    storage.upload("small", small)
-    storage.upload("large", large)
+    storage.upload("small", io.BytesIO(b"1"))
+    storage.upload("large", io.BytesIO(b"1" * 9_000_000))
 
     client = project.store.client()
     for key in ("put", "create", "small", "large"):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import sqlalchemy as sa
@@ -570,7 +570,7 @@ def test_two_processes_at_one_shard_hand_it_over_once(
     run = planned(project)
     upload = BatchAPI.upload
 
-    def slow(api: BatchAPI, file: Path, batch: Batch) -> str:
+    def slow(api: BatchAPI, file: IO[bytes], batch: Batch) -> str:
         made = upload(api, file, batch)
         monkeypatch.setattr(BatchAPI, "upload", upload)
         hand_over(project, run)  # the other process, while this one uploads

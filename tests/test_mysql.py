@@ -10,7 +10,7 @@ import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -562,7 +562,7 @@ def test_memory_does_not_grow_with_the_table(project: Project) -> None:
     grown: list[int] = []
 
     class Watched(Storage):
-        def upload(self, path: str, file: Path) -> None:
+        def upload(self, path: str, file: IO[bytes]) -> None:
             grown.append(process.memory_info().rss - before)
             super().upload(path, file)
 

@@ -181,7 +181,7 @@ def a_shard_is_dead(on_call: OnCall) -> Generator[None, str, None]:
     with on_call.shell.monkeypatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         kill_in_mid_run(on_call, "tag", "notes", "--run-id", "night", calls=2)
-    assert len(list(folder.glob("tagger-*"))) == 1
+    assert list(folder.iterdir()) == []
     assert on_call.shell.run("report", "notes") == 0
     assert "run night is at work, or was killed before its report: 0 requests" in on_call.shell.err
     on_call.shell.run("load", "notes", "--run-id", "night")
@@ -447,7 +447,7 @@ def a_database_is_away(on_call: OnCall) -> Generator[None, str, None]:
 @of("A worker's disk is full")
 def a_workers_disk_is_full(on_call: OnCall) -> Generator[None, str, None]:
     folder = on_call.shell.folder / "tmp"
-    (folder / "tagger-of-a-killed-worker").mkdir(parents=True)
+    folder.mkdir()
     on_call.set(TMPDIR=str(folder))
     script = Path(sysconfig.get_path("scripts"), "tagger")
     full = ["sh", "-c", f"ulimit -f 0; exec '{script}' run notes"]  # no byte can be written to a file
@@ -456,9 +456,8 @@ def a_workers_disk_is_full(on_call: OnCall) -> Generator[None, str, None]:
     assert f"temporary files: No usable temporary directory found in ['{folder}'" in done.stderr
     assert "Traceback" not in done.stderr
     seen = yield
-    assert f"{folder}/tagger-" in seen
+    assert "Mounted on" in seen
     yield
-    assert list(folder.glob("tagger-*")) == []
     assert set(on_call.statuses.values()) == {"tagged"}
 
 

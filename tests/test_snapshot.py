@@ -5,8 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -596,7 +595,7 @@ def test_a_snapshot_taken_again_replaces_the_first(project: Project) -> None:
 class FailingStorage(Storage):
     """A storage on which an upload fails."""
 
-    def upload(self, path: str, file: Path) -> None:
+    def upload(self, path: str, file: IO[bytes]) -> None:
         raise StorageError(f"{self.url}: writing {path}: S3 answered SlowDown")
 
 
@@ -693,7 +692,7 @@ def test_memory_does_not_grow_with_the_table(many: Project) -> None:
     before = process.memory_info().rss
 
     class Watched(Storage):
-        def upload(self, path: str, file: Path) -> None:
+        def upload(self, path: str, file: IO[bytes]) -> None:
             nonlocal grown
             grown = process.memory_info().rss - before
             super().upload(path, file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -224,14 +226,15 @@ def test_a_page_in_any_form_is_read_as_boto3_reads_it(body: bytes, objects: list
 
 
 @pytest.mark.parametrize("size", [0, 10, 9_000_000], ids=["empty", "small", "multipart"])
-def test_a_file_comes_back_as_it_was_uploaded(storage: Storage, tmp_path: Path, size: int) -> None:
-    up, down = tmp_path / "up", tmp_path / "down"
-    up.write_bytes(b"0123456789abcde\n" * (size // 16) + b"x" * (size % 16))
+def test_a_file_comes_back_as_it_was_uploaded(storage: Storage, size: int) -> None:
+    content = b"0123456789abcde\n" * (size // 16) + b"x" * (size % 16)
+    with tempfile.TemporaryFile() as up, tempfile.TemporaryFile() as down:
+        up.write(content)
 
-    storage.upload("file", up)
-    storage.download("file", down)
+        storage.upload("file", up)
+        storage.download("file", down)
 
-    assert down.read_bytes() == up.read_bytes()
+        assert down.read() == content
     assert storage.size("file") == size
 
 
@@ -259,49 +262,48 @@ def test_check_makes_a_bucket_only_if_asked(store: S3Store) -> None:
     store.client().delete_bucket(Bucket="made-by-check")
 
 
-def put(storage: Storage, _: Path) -> None:
+def put(storage: Storage) -> None:
     storage.put("a", b"x")
 
 
-def create(storage: Storage, _: Path) -> object:
+def create(storage: Storage) -> object:
     return storage.create("a", b"x")
 
 
-def get(storage: Storage, _: Path) -> object:
+def get(storage: Storage) -> object:
     return storage.get("a")
 
 
-def size(storage: Storage, _: Path) -> object:
+def size(storage: Storage) -> object:
     return storage.size("a")
 
 
-def list_all(storage: Storage, _: Path) -> object:
+def list_all(storage: Storage) -> object:
     return list(storage.list(""))
 
 
-def delete(storage: Storage, _: Path) -> None:
+def delete(storage: Storage) -> None:
     storage.delete("a")
 
 
-def check(storage: Storage, _: Path) -> object:
+def check(storage: Storage) -> object:
     return storage.check()
 
 
-def upload(storage: Storage, folder: Path) -> None:
-    (folder / "file").write_bytes(b"x")
-    storage.upload("a", folder / "file")
+def upload(storage: Storage) -> None:
+    storage.upload("a", io.BytesIO(b"x"))
 
 
-def download(storage: Storage, folder: Path) -> None:
-    storage.download("a", folder / "copy")
+def download(storage: Storage) -> None:
+    storage.download("a", io.BytesIO())
 
 
-Do = Callable[[Storage, Path], object]
+Do = Callable[[Storage], object]
 
 
-def error_of(do: Do, storage: Storage, folder: Path) -> TaggerError:
+def error_of(do: Do, storage: Storage) -> TaggerError:
     with pytest.raises(TaggerError) as caught:
-        do(storage, folder)
+        do(storage)
     message = str(caught.value)
     assert message.startswith("s3://")
     assert len(message.splitlines()) == 1
@@ -315,19 +317,19 @@ def assert_tells_the_missing_bucket(error: TaggerError) -> None:
 
 
 @pytest.mark.parametrize("do", [get, list_all, check])
-def test_reading_from_a_missing_bucket_is_wrong_input(store: S3Store, tmp_path: Path, do: Do) -> None:
-    assert_tells_the_missing_bucket(error_of(do, connect(store, "s3://not-there"), tmp_path))
+def test_reading_from_a_missing_bucket_is_wrong_input(store: S3Store, do: Do) -> None:
+    assert_tells_the_missing_bucket(error_of(do, connect(store, "s3://not-there")))
 
 
 # SeaweedFS makes the bucket at the first write.
 @pytest.mark.parametrize("do", [put, create, upload])
-def test_writing_to_a_missing_bucket_is_wrong_input(moto_server: S3Store, tmp_path: Path, do: Do) -> None:
-    assert_tells_the_missing_bucket(error_of(do, connect(moto_server, "s3://not-there"), tmp_path))
+def test_writing_to_a_missing_bucket_is_wrong_input(moto_server: S3Store, do: Do) -> None:
+    assert_tells_the_missing_bucket(error_of(do, connect(moto_server, "s3://not-there")))
 
 
 @pytest.mark.parametrize("do", [put, create, get, size, list_all, delete, check, upload, download])
-def test_wrong_keys_are_wrong_input_and_not_shown(seaweedfs: S3Store, tmp_path: Path, do: Do) -> None:
-    error = error_of(do, connect(seaweedfs, secret="wrong-secret"), tmp_path)
+def test_wrong_keys_are_wrong_input_and_not_shown(seaweedfs: S3Store, do: Do) -> None:
+    error = error_of(do, connect(seaweedfs, secret="wrong-secret"))
 
     assert type(error) is InputError
     assert "access denied" in str(error)
@@ -335,17 +337,17 @@ def test_wrong_keys_are_wrong_input_and_not_shown(seaweedfs: S3Store, tmp_path: 
     assert seaweedfs.secret_key not in str(error)
 
 
-def test_no_keys_at_all_are_wrong_input(store: S3Store, tmp_path: Path) -> None:
+def test_no_keys_at_all_are_wrong_input(store: S3Store) -> None:
     connection = Connection("s3", "aws", extra={"endpoint_url": store.endpoint})
 
-    error = error_of(get, Storage.connect("s3://tagger", "s3", lambda _: connection), tmp_path)
+    error = error_of(get, Storage.connect("s3://tagger", "s3", lambda _: connection))
 
     assert type(error) is InputError
     assert "credentials" in str(error)
 
 
 def test_downloading_a_missing_object_is_an_error(storage: Storage, tmp_path: Path) -> None:
-    error_of(download, storage, tmp_path)
+    error_of(download, storage)
 
     assert not (tmp_path / "copy").exists()
 
@@ -358,10 +360,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("do", [put, get, size, list_all, check, upload, download])
-def test_an_endpoint_that_does_not_answer_is_unreachable(moto_server: S3Store, tmp_path: Path, do: Do) -> None:
+def test_an_endpoint_that_does_not_answer_is_unreachable(moto_server: S3Store, do: Do) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
 
-    error = error_of(do, connect(moto_server, secret="a-secret-key", endpoint=endpoint), tmp_path)
+    error = error_of(do, connect(moto_server, secret="a-secret-key", endpoint=endpoint))
 
     assert type(error) is Unreachable
     assert endpoint in str(error)
@@ -420,7 +422,7 @@ def test_an_answer_of_s3_is_told_by_its_code_alone(
     moto_server: S3Store, tmp_path: Path, reply: bytes, kind: type[TaggerError], words: str
 ) -> None:
     with FixedAnswer(reply) as server:
-        error = error_of(get, connect(moto_server, endpoint=server.endpoint), tmp_path)
+        error = error_of(get, connect(moto_server, endpoint=server.endpoint))
 
     assert type(error) is kind
     assert words in str(error)
@@ -444,7 +446,7 @@ def test_an_error_of_a_listing_is_told_by_its_code_alone(
     moto_server: S3Store, tmp_path: Path, reply: bytes, kind: type[TaggerError], words: str
 ) -> None:
     with FixedAnswer(reply) as server:
-        error = error_of(list_all, connect(moto_server, endpoint=server.endpoint), tmp_path)
+        error = error_of(list_all, connect(moto_server, endpoint=server.endpoint))
 
     assert type(error) is kind
     assert words in str(error)

@@ -1,5 +1,6 @@
 """Output files of the Batch API: each of a batch's texts comes to one fate, whatever the lines say."""
 
+import io
 import json
 import math
 from typing import Any
@@ -18,7 +19,7 @@ from tests.fuzz.answers import DATASETS, TOKENS, assert_no_answer, bodies, compl
 from tests.fuzz.held import Held
 from tests.fuzz.hostile import MARKER, changed, damaged, values, words
 from tests.fuzz.promises import assert_allowed, assert_clear
-from tests.fuzz.rounds import Target, folder
+from tests.fuzz.rounds import Target
 
 KEYS = [f"{n:032x}" for n in range(1, 5)]
 
@@ -55,15 +56,13 @@ def check(case: tuple[int, list[bytes], str]) -> str:
     """Read a file of lines, then end the batch."""
     number, raw, status = case
     dataset = DATASETS[number]
-    path = folder("batch") / "output.jsonl"
-    path.write_bytes(b"\n".join(raw))
     run = Run(Held({}), "notes", "run")
     cache = Cache(run.storage, "0123456789ab", dataset.llm.model)
     texts = {key: HandedOver(f"row-{n}", 10, 2) for n, key in enumerate(KEYS)}
     try:
         with Ledger(run, "plan", 1, price_of(dataset.llm, batch=True)) as ledger:
             answers = Answers(dataset, texts, cache, ledger)
-            answers.read(path)
+            answers.read(io.BytesIO(b"\n".join(raw)))
             answers.end(State(status, 0, [], None))
     except InputError as e:
         assert_clear(e)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import IO
 
 from tagger.exceptions import StorageError
 from tagger.storage import Storage, Version
@@ -43,13 +43,15 @@ class Held(Storage):
     def delete(self, path: str) -> None:
         self.objects.pop(path, None)
 
-    def upload(self, path: str, file: Path) -> None:
-        self.objects[path] = file.read_bytes()
+    def upload(self, path: str, file: IO[bytes]) -> None:
+        file.seek(0)
+        self.objects[path] = file.read()
 
-    def download(self, path: str, file: Path) -> None:
+    def download(self, path: str, file: IO[bytes]) -> None:
         if path not in self.objects:
             raise StorageError(f"{self.url}: reading {path}: S3 answered 404")
-        file.write_bytes(self.objects[path])
+        file.write(self.objects[path])
+        file.seek(0)
 
 
 def _below(objects: dict[str, bytes], prefix: str) -> list[str]:
