@@ -346,9 +346,10 @@ def opened_parquet(storage: Storage, path: str, schema: pa.Schema | None = None)
         StorageError: the object is missing or damaged, which may also show in the block.
     """
     with ExitStack() as stack:
-        with disk_errors():
-            file = stack.enter_context(tempfile.TemporaryFile())
+        with disk_errors(), ExitStack() as opening:  # a file that cannot be written cannot be closed either
+            file = opening.enter_context(tempfile.TemporaryFile())
             storage.download(path, file)
+            stack.enter_context(opening.pop_all())
         try:
             parquet = stack.enter_context(pq.ParquetFile(file))
             if schema is not None and not has_columns(parquet.schema_arrow, schema):
