@@ -71,8 +71,6 @@ class Result:
     """Whether the request that was to meet the fault was made."""
     asked_again: int
     """Calls for texts whose answer was lost or not yet written."""
-    left_files: bool
-    """Whether a killed process left temporary files."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -203,9 +201,8 @@ class Campaign:
         self._begin(step, self.references[step].state)
         first = self._meet(case)
         struck = first.code != 0 if case.server == "disk" else bool(self._struck(case))
-        left = bool(site.left_files)
         problems = list(_told_badly(case, first, struck))
-        if left and first.code >= 0:
+        if site.left_files:
             problems.append("it left temporary files")
         site.settle()
         ended = first
@@ -214,7 +211,7 @@ class Campaign:
                 break
             ended = site.run(self._command_of(step))
         rest = site.run(*self._rest(step)) if ended.code == 0 else ended
-        result = Result(str(case), case.cell, first.code, first.seconds, _says(first), struck, 0, left, problems)
+        result = Result(str(case), case.cell, first.code, first.seconds, _says(first), struck, 0, problems)
         if ended.code:
             problems.append(f"the step run again ended with {ended.code}: {ended.printed}")
             return result

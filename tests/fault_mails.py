@@ -73,7 +73,7 @@ class Mails:
             problems.append("a text or a traceback is in the log or a mail")
         failed = [line.removeprefix("alerts: ") for line in lines if "no mail is sent" in line]
         says = failed[0].replace(f"127.0.0.1:{self._proxy.port}", "HOST:PORT") if failed else ""
-        return Result(str(case), case.cell, 0, seconds, says, struck, 0, False, problems)
+        return Result(str(case), case.cell, 0, seconds, says, struck, 0, problems)
 
     def _send(self) -> tuple[list[str], BaseException | None]:
         """Mail that a step failed, by an error that quotes a text, and that a run had failures; return the log."""
