@@ -12,10 +12,10 @@ from openai.types.chat import ChatCompletion
 from tagger.batch_api import State
 from tagger.batches import HandedOver
 from tagger.cache import Cache, Chars, Record, Usage, patiently
+from tagger.completion import message_of, no_llm, paren, refusal_of, usage_of
 from tagger.dataset import Dataset
 from tagger.exceptions import InputError
 from tagger.ledger import Ledger
-from tagger.llm import message_of, no_llm, paren, refusal_of, usage_of
 from tagger.prompt import BadAnswer, Choice, read_answer
 from tagger.runs import utc_now
 

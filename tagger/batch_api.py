@@ -11,9 +11,9 @@ from typing import IO, Any, Literal, TypeVar
 import openai
 
 from tagger.batches import Batch
+from tagger.completion import paren
 from tagger.dataset import Dataset
 from tagger.exceptions import LLMStopped, LLMUnreachable
-from tagger.llm import paren
 from tagger.request import request_options
 from tagger.runs import utc_now
 
