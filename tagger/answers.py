@@ -4,9 +4,11 @@ import json
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,8 +16,8 @@ from tagger.batches import Batches
 from tagger.cache import Cache, Record
 from tagger.exceptions import StorageError
 from tagger.keys import KEYS_A_PART, Digests, Keys, digests
+from tagger.ledger import FILES_AT_ONCE, Attempt, read_attempts
 from tagger.ledger import SCHEMA as BOOKS
-from tagger.ledger import read_attempts
 from tagger.runs import TOO_LONG, Plan, Run, new_keys_path, read_parquet
 
 RECORDS_A_READ = 5000
@@ -35,7 +37,7 @@ SCHEMA = pa.schema(
 
 
 OF_BOOKS = ["key", "status", "tags", "model", "kind", "error", "answered_at", "confidence"]
-"""Columns of the books that tell of an answer."""
+"""Columns of the books that tell of an answer; old ones have no `confidence`."""
 
 NEW_KEYS = pa.schema([("key", pa.string())])
 """What any plan's file of new texts has."""
@@ -73,6 +75,14 @@ def of_record(record: Record | None) -> Answer:
     return Answer(record.status, True, record.reason, tags, record.model, record.created_at, sure)
 
 
+class Placed(NamedTuple):
+    """Answers of some texts."""
+
+    places: npt.NDArray[np.int64]
+    """Where each text stands among the new ones; -1 for those that do not."""
+    rows: pa.Table
+
+
 class Answers:
     """What became of a plan's new texts."""
 
@@ -88,15 +98,15 @@ class Answers:
         """The texts that no record answers."""
         return self._new.where(~self._rows.column("answered").to_numpy()[self._at])
 
-    def add(self, keys: pa.Array, rows: pa.Table) -> None:
-        """Set the answers, by `SCHEMA`, to the texts with these keys, the last where there are several.
+    def placed(self, keys: pa.Array, rows: pa.Table) -> Placed:
+        """Return the answers, by `SCHEMA`, of the texts with these keys, ready to `add`; from any thread."""
+        return Placed(self._new.places(keys), rows)
 
-        Those of other texts are left out.
-        """
-        places = self._new.places(keys)
-        of_new = np.flatnonzero(places >= 0)
-        self._at[places[of_new]] = len(self._rows) + of_new
-        self._rows = pa.concat_tables([self._rows, rows])
+    def add(self, found: Placed) -> None:
+        """Set the answers of some texts, the last where a text has several. Those that are not new are left out."""
+        of_new = np.flatnonzero(found.places >= 0)
+        self._at[found.places[of_new]] = len(self._rows) + of_new
+        self._rows = pa.concat_tables([self._rows, found.rows])
 
     def wait_for(self, pending: Keys) -> None:
         """Set those of some texts that no record answers to be pending."""
@@ -137,27 +147,34 @@ class Answers:
 
 def read_answers(run: Run, planned: Plan, cache: Cache) -> Answers:
     """Return what became of the plan's new texts: by the attempts' books, and by the cache for the rest."""
-    with ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(read_attempts, run)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+        reading = threads.submit(read_attempts, run)
         answers = Answers(*_new_keys(run, planned))
         attempts = [attempt for attempt in reading.result() if attempt.plan_id == planned.plan_id]
-    files = [attempt.file.read(columns=OF_BOOKS) for attempt in attempts]  # old ones have no `confidence`
-    books = pa.concat_tables([BOOKS.empty_table().select(OF_BOOKS), *files], promote_options="default")
-    if cache.tags is not None:
-        books = _where(books, pc.invert(_hold_others(books.column("tags").combine_chunks(), cache.tags)))
-    for outcomes in (
-        ["failed"],
-        ["tagged", "refused"],
-    ):  # an answer counts more than a failure, later more than earlier
-        rows = _where(books, pc.is_in(books.column("status"), pa.array(outcomes)))
-        answers.add(rows.column("key").combine_chunks(), _of_outcomes(rows))
+        booked = list(threads.map(partial(_booked, answers, cache.tags), attempts))
+    for of_attempts in zip(*booked, strict=True):  # an answer counts more than a failure, later more than earlier
+        for found in of_attempts:
+            answers.add(found)
     unanswered = answers.unanswered
     for part in (unanswered - cache.missing(unanswered)).parts(RECORDS_A_READ):
         records = cache.read_many(part)
-        answers.add(pa.array(records, pa.string()), _table(map(of_record, records.values())))
+        answers.add(answers.placed(pa.array(records, pa.string()), _table(map(of_record, records.values()))))
     batches = Batches(run.storage, planned.spec_id)
     answers.wait_for(Keys.of(batches.keys(batches.unfinished())))
     return answers
+
+
+def _booked(answers: Answers, tags: Collection[str] | None, attempt: Attempt) -> list[Placed]:
+    """Return the failures, and the answers, that an attempt's books tell of."""
+    books = attempt.file.read(columns=OF_BOOKS)
+    books = pa.concat_tables([BOOKS.empty_table().select(OF_BOOKS), books], promote_options="default")
+    if tags is not None:
+        books = _where(books, pc.invert(_hold_others(books.column("tags").combine_chunks(), tags)))
+    found = []
+    for outcomes in (["failed"], ["tagged", "refused"]):
+        rows = _where(books, pc.is_in(books.column("status"), pa.array(outcomes)))
+        found.append(answers.placed(rows.column("key").combine_chunks(), _of_outcomes(rows)))
+    return found
 
 
 def _new_keys(run: Run, planned: Plan) -> tuple[Keys, Keys]:

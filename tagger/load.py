@@ -12,7 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,18 +80,18 @@ def load_back(run: Run, connections: Connections) -> Loaded:
             if target is None:
                 target = create_target(connection, dataset.target.table, taken.id_type)
             loading = Loading(connection, target, run.run_id, planned.spec_id, taken, dataset.review_below)
-            filled = loading.fill(batches()) if not planned.cached else None
-        written, deleted, damaged, damaged_row, problem = filled or 0, 0, 0, None, None
-        if filled is None:
+            groups = loading.fill(batches()) if not planned.cached else None
+        if groups is not None:
+            written, deleted, damaged, damaged_row, problem = sum(group.rows for group in groups), 0, 0, None, None
+        else:
             loading.stage(batches())
             damaged, damaged_row = loading.resolve(cache)
-        with only_writer(connection, dataset.target.table):
-            if filled is None:
+            with only_writer(connection, dataset.target.table):
                 written = loading.write()
                 if dataset.confidence:
                     written += loading.judge_again()
                 deleted, problem = loading.delete(dataset.limits.max_deleted_fraction)
-            tags, to_review = loading.counts()
+                groups = loading.groups()
     loaded = Loaded(
         written=written,
         deleted=deleted,
@@ -99,8 +99,8 @@ def load_back(run: Run, connections: Connections) -> Loaded:
         **answers.count(),
         damaged=damaged,
         damaged_row=damaged_row,
-        tags=tags,
-        review=to_review,
+        tags=_by_tag(groups),
+        review=sum(group.rows for group in groups if group.status == REVIEW),
         seconds=time.monotonic() - clock,
     )
     run.write("load.json", loaded)
@@ -126,6 +126,23 @@ def _nothing_loaded(run: Run, planned: Plan) -> Loaded:
     run.write("load.json", loaded)
     logger.info("load_back: nothing is written in a dry run")
     return loaded
+
+
+class Group(NamedTuple):
+    """Rows of the target that have the same tags and status: few, where there are millions of rows."""
+
+    tags: list[str] | None
+    status: str
+    rows: int
+
+
+def _by_tag(groups: Iterable[Group]) -> dict[str, int]:
+    """Return the number of rows by tag, most frequent first."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        for tag in group.tags or ():
+            counts[tag] += group.rows
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 class Loading:
@@ -164,10 +181,10 @@ class Loading:
             **MYSQL_TABLE,
         )
 
-    def fill(self, batches: Iterable[pa.Table]) -> int | None:
+    def fill(self, batches: Iterable[pa.Table]) -> list[Group] | None:
         """Copy the run's rows, none of them `cached`, into the target, if it is empty and on PostgreSQL.
 
-        Returns how many went in; None where it is another target, or somebody changed the types of its columns.
+        Returns what went in; None where it is another target, or somebody changed the types of its columns.
         """
         if not self._copies or self._connection.execute(sa.select(sa.select(self._target).exists())).scalar_one():
             return None
@@ -176,9 +193,17 @@ class Loading:
         names = [name for name in self._target.columns.keys() if not name.startswith("reviewed_")]
         if not copies_into(self._connection, self._target, names):
             return None
-        return copy_in(
-            self._connection, self._target, names, (self._in_target(batch).select(names) for batch in batches)
-        )
+        counts: Counter[tuple[str | None, str]] = Counter()
+
+        def counted() -> Iterator[pa.Table]:
+            for batch in batches:
+                rows = self._in_target(batch)
+                for group in rows.group_by(["tags", "status"]).aggregate([([], "count_all")]).to_pylist():
+                    counts[group["tags"], group["status"]] += group["count_all"]
+                yield rows.select(names)
+
+        copy_in(self._connection, self._target, names, counted())
+        return [Group(json.loads(tags or "null"), status, rows) for (tags, status), rows in counts.items()]
 
     def _in_target(self, staged: pa.Table) -> pa.Table:
         """Return staged rows as `write` puts them into a target that has none of them."""
@@ -378,15 +403,9 @@ class Loading:
         kept = self._connection.execute(marked).rowcount
         return kept + self._connection.execute(target.delete().where(rows, ~is_reviewed(target))).rowcount
 
-    def counts(self) -> tuple[dict[str, int], int]:
-        """Return the number of the target's rows by tag, most frequent first, and of those that wait for a review."""
+    def groups(self) -> list[Group]:
+        """Return what rows the target has now, but for those that are gone."""
         target = self._target
-        waits = sa.func.sum(sa.case((target.c.status == REVIEW, 1), else_=0))
-        query = sa.select(target.c.tags, sa.func.count(), waits).where(target.c.status != GONE).group_by(target.c.tags)
-        counts: Counter[str] = Counter()
-        to_review = 0
-        for tags, rows, waiting in self._connection.execute(query):  # few, where there are millions of rows
-            for tag in tags or ():
-                counts[tag] += rows
-            to_review += int(waiting)
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), to_review
+        alike = (target.c.tags, target.c.status)
+        query = sa.select(*alike, sa.func.count()).where(target.c.status != GONE).group_by(*alike)
+        return [Group(*row) for row in self._connection.execute(query)]

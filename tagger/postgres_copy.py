@@ -87,8 +87,8 @@ def copies_into(connection: sa.Connection, table: sa.Table, names: list[str]) ->
     return all(types[name] in _FIELDS for name in names)
 
 
-def copy_in(connection: sa.Connection, table: sa.Table, names: list[str], batches: Iterable[pa.Table]) -> int:
-    """Append rows to a table, whose columns `names` are those of the batches; return how many."""
+def copy_in(connection: sa.Connection, table: sa.Table, names: list[str], batches: Iterable[pa.Table]) -> None:
+    """Append rows to a table, whose columns `names` are those of the batches."""
     prepare = connection.dialect.identifier_preparer
     into = f"{prepare.format_table(table)} ({', '.join(map(prepare.quote, names))})"
     types = _types(connection, table)
@@ -101,7 +101,6 @@ def copy_in(connection: sa.Connection, table: sa.Table, names: list[str], batche
             for part in ahead(rows):
                 copy.write(part)
             copy.write(b"\xff\xff")
-        return cursor.rowcount
 
 
 def _types(connection: sa.Connection, table: sa.Table) -> dict[str, str]:

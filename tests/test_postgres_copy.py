@@ -87,7 +87,7 @@ def test_rows_go_in_and_come_out_as_they_are(
     with engine.connect() as connection:
         table.create(connection)
 
-        assert copy_in(connection, table, names, [pa.table(arrays, names)]) == len(rows)
+        copy_in(connection, table, names, [pa.table(arrays, names)])
         connection.commit()
 
         query = sa.select(table).order_by(table.c.id)
