@@ -424,10 +424,12 @@ def test_a_new_spec_reaches_the_rows(project: Project) -> None:
 def test_tags_are_counted_in_the_target(either: Project) -> None:
     for row_id, text in enumerate(["apple", "apple", "a zebra in the rain", "nothing", "rain"]):
         either.put(row_id, text)
-    either.run()
-    either.execute("UPDATE note_tags SET run_id = 'of long ago'")
 
-    assert either.run().tags == {"fruit": 2, "weather": 2, "animal": 1}
+    first = either.run().tags
+
+    assert first == {"fruit": 2, "weather": 2, "animal": 1}
+    either.execute("UPDATE note_tags SET run_id = 'of long ago'")
+    assert either.run().tags == first
     assert list(either.run().tags) == ["fruit", "weather", "animal"]
 
 
