@@ -26,6 +26,9 @@ LOCK_SECONDS = 600
 DENIED = 1044
 """Number of the error that an account has no such right in the database."""
 
+READ_ONLY = 1290
+"""Number of the error that the server has an option against the statement, such as `read_only`."""
+
 SESSION = "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 """Instants go out and come in as UTC; a value that does not fit is an error, and is not cut."""
 
@@ -137,6 +140,20 @@ def check_version(dialect: "sa.Dialect", conn_id: str) -> None:
     if found < OLDEST[name]:
         shown, oldest = (".".join(map(str, version)) for version in (found, OLDEST[name]))
         raise InputError(f"connection `{conn_id}`: it is {name} {shown}; {name} {oldest} or later is needed")
+
+
+def takes_writes(connection: "sa.Connection") -> bool:
+    """Return whether the server takes writes of this account; one with `read_only` does of administrators only."""
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        connection.exec_driver_sql("START TRANSACTION READ WRITE")
+    except OperationalError as e:
+        number, _ = server_error(e.orig) or (None, "")
+        if number != READ_ONLY:
+            raise
+        return False
+    return True
 
 
 def check_rights(connection: "sa.Connection", conn_id: str) -> None:

@@ -4,6 +4,7 @@ from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
+from tagger import mysql
 from tagger.dataset import Dataset
 from tagger.window import Selection
 
@@ -67,7 +68,9 @@ def missed_rows(
 
 
 def takes_writes(connection: sa.Connection) -> bool:
-    """Return whether a database takes writes, which a PostgreSQL replica does not."""
+    """Return whether a database takes writes, which a replica does not."""
+    if connection.dialect.name == "mysql":
+        return mysql.takes_writes(connection)
     if connection.dialect.name != "postgresql":
         return True
     read_only: str = connection.execute(sa.text("SELECT current_setting('transaction_read_only')")).scalar_one()

@@ -351,6 +351,18 @@ def test_check_says_that_temporary_tables_are_not_granted(project: Project, mari
         project.run()
 
 
+def test_a_server_that_is_read_only_is_no_target(project: Project, mariadb: MariaDB) -> None:
+    project.database_connection = as_user(project, mariadb, RIGHTS)
+
+    with mariadb.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("SET GLOBAL read_only = 1")
+        try:
+            with pytest.raises(InputError, match=r"^`target\.conn_id`: connection `db` takes no writes"):
+                list(check(project.dataset, project.connections, create=True))
+        finally:
+            cursor.execute("SET GLOBAL read_only = 0")
+
+
 def test_a_source_needs_to_be_read_only(project: Project, mariadb: MariaDB) -> None:
     project.execute("CREATE VIEW shouted AS SELECT id, upper(body) AS body FROM notes")
     project.database_connection = as_user(project, mariadb, "SELECT, SHOW VIEW")
