@@ -8,6 +8,7 @@ killed attempt is still counted. No attempt replaces another's file.
 import io
 import json
 import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -183,8 +184,9 @@ class Ledger:
 
     def _close_broken(self, error: BaseException) -> None:
         self._flusher.join()
-        # an error that is not ours may quote a text
-        reason = str(error).splitlines()[0] if isinstance(error, TaggerError) else f"ended by {type(error).__name__}"
+        # an error that is not ours may quote a text; the name of a record is of no use, and would have to be forgotten
+        words = str(error).splitlines()[0] if isinstance(error, TaggerError) else f"ended by {type(error).__name__}"
+        reason = re.sub(r"tag_[0-9a-f]{32}\b", "tag_…", words)
         try:
             self._write("broken", reason)
         except TaggerError as e:

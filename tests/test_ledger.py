@@ -158,6 +158,7 @@ def test_an_attempt_is_running_until_it_ends(run: Run) -> None:
     [
         (RunFailed("budget reached: all is spent"), "budget reached: all is spent"),
         (StorageError("S3 is away\nfor long"), "S3 is away"),
+        (StorageError(f"writing cache/s/00/tag_{key(1)}.json: 503"), "writing cache/s/00/tag_….json: 503"),
         (KeyboardInterrupt(), "ended by KeyboardInterrupt"),
         (ValueError("the patient ate an apple"), "ended by ValueError"),
     ],
