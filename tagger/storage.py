@@ -12,12 +12,14 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+from botocore.parsers import ResponseParserError
 
 from tagger.connections import Connections
 from tagger.exceptions import InputError, StorageError, Unreachable
 from tagger.s3_connection import no_credentials, s3_client, silent_endpoint
 
 if TYPE_CHECKING:
+    from botocore.awsrequest import AWSResponse
     from mypy_boto3_s3 import S3Client
 
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
@@ -66,7 +68,12 @@ class Storage:
         self.bucket = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._client = client
-        client.meta.events.register("before-parse.s3.ListObjectsV2", _read_page, unique_id="tagger")
+        for event, handler in (
+            ("before-parse.s3.ListObjectsV2", _read_page),
+            ("after-call.s3.GetObject", _check_length),
+            ("after-call.s3.HeadObject", _check_length),
+        ):
+            client.meta.events.register(event, handler, unique_id=f"tagger.{event}")
 
     @classmethod
     def connect(cls, url: str, conn_id: str, connections: Connections) -> Storage:
@@ -223,6 +230,17 @@ class Storage:
             raise Unreachable(f"{self.url}: {doing}: S3 does not answer at {endpoint}: {_kind(e)}") from None
         except BotoCoreError as e:
             raise InputError(f"{self.url}: {doing}: {e}") from None
+        except (ResponseParserError, ValueError, KeyError):  # of boto3, which takes all headers to be there, and whole
+            raise StorageError(f"{self.url}: {doing}: S3's answer is cut off, or damaged") from None
+
+
+def _check_length(http_response: AWSResponse, parsed: dict[str, Any], **_: object) -> None:
+    """Raise ResponseParserError where an object's length is missing, because the headers are cut off.
+
+    Nobody could tell then that its body is, and boto3's download would never end.
+    """
+    if http_response.status_code < 300 and "ContentLength" not in parsed:
+        raise ResponseParserError
 
 
 def _read_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:

@@ -5,6 +5,7 @@ Each server starts when a test first asks for it; under pytest-xdist each worker
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.loaders
+import botocore.session
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,6 +44,9 @@ def _isolate(home: Path) -> None:
 AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="tagger-tests-"))
 _isolate(AIRFLOW_HOME)
 sys.path.insert(0, str(REPOSITORY))
+
+# each client reads AWS's descriptions of its services again, for 0.1 s; tests make thousands of clients
+botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
 from demo.postgresql import PostgreSQL  # noqa: E402
 from demo.seaweedfs import SeaweedFS  # noqa: E402 - after the environment is ours
