@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ RIGHTS = {
     "DeleteObjects": "s3:DeleteObject",
 }
 """What a request needs, where it is not named like the request."""
+
+# urllib3 warns, with a traceback, of headers that are cut off, which `_check_length` and boto3 make an error
+logging.getLogger("urllib3.connection").addFilter(lambda record: "Failed to parse headers" not in str(record.msg))
 
 
 class Version(NamedTuple):

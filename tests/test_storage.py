@@ -435,12 +435,15 @@ def test_an_answer_of_s3_is_told_by_its_code_alone(
     [b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nLast-Modified: Sat, 28 Nov 2026 1"],
     ids=["status", "header", "value"],
 )
-def test_headers_that_are_cut_off_are_no_answer(moto_server: S3Store, do: Do, head: bytes) -> None:
+def test_headers_that_are_cut_off_are_no_answer(
+    moto_server: S3Store, do: Do, head: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     with FixedAnswer(head) as server:
         error = error_of(do, connect(moto_server, endpoint=server.endpoint))
 
     assert type(error) is StorageError
     assert str(error).endswith("S3's answer is cut off, or damaged")
+    assert caplog.text == ""
 
 
 @pytest.mark.usefixtures("impatient")
