@@ -144,29 +144,28 @@ def check_version(dialect: "sa.Dialect", conn_id: str) -> None:
 
 def takes_writes(connection: "sa.Connection") -> bool:
     """Return whether the server takes writes of this account; one with `read_only` does of administrators only."""
-    from sqlalchemy.exc import OperationalError
-
-    try:
-        connection.exec_driver_sql("START TRANSACTION READ WRITE")
-    except OperationalError as e:
-        number, _ = server_error(e.orig) or (None, "")
-        if number != READ_ONLY:
-            raise
-        return False
-    return True
+    return _refusal(connection, "START TRANSACTION READ WRITE", READ_ONLY) is None
 
 
 def check_rights(connection: "sa.Connection", conn_id: str) -> None:
     """Raise InputError where the account may not make the temporary table that a load puts its rows into."""
+    message = _refusal(connection, "CREATE TEMPORARY TABLE tagger_check (n INT PRIMARY KEY)", DENIED)
+    if message is not None:
+        raise InputError(f"connection `{conn_id}`: CREATE TEMPORARY TABLES is not granted: {message}")
+
+
+def _refusal(connection: "sa.Connection", statement: str, expected: int) -> str | None:
+    """Return what the server says where it refuses a statement with the expected error; None where it runs it."""
     from sqlalchemy.exc import OperationalError
 
     try:
-        connection.exec_driver_sql("CREATE TEMPORARY TABLE tagger_check (n INT PRIMARY KEY)")
+        connection.exec_driver_sql(statement)
     except OperationalError as e:
         number, message = server_error(e.orig) or (None, "")
-        if number != DENIED:
+        if number != expected:
             raise
-        raise InputError(f"connection `{conn_id}`: CREATE TEMPORARY TABLES is not granted: {message}") from None
+        return message
+    return None
 
 
 @contextmanager
