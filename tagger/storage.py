@@ -72,12 +72,8 @@ class Storage:
         self.bucket = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._client = client
-        for event, handler in (
-            ("before-parse.s3.ListObjectsV2", _read_page),
-            ("after-call.s3.GetObject", _check_length),
-            ("after-call.s3.HeadObject", _check_length),
-        ):
-            client.meta.events.register(event, handler, unique_id=f"tagger.{event}")
+        client.meta.events.register("before-parse.s3.ListObjectsV2", _read_page, unique_id="tagger page")
+        client.meta.events.register("after-call.s3.GetObject", _check_length, unique_id="tagger length")
 
     @classmethod
     def connect(cls, url: str, conn_id: str, connections: Connections) -> Storage:
